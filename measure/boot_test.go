@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -247,8 +249,34 @@ func withKMS(in measure.BootInput) measure.BootInput {
 	return in
 }
 
+func bootKey(t *testing.T, curve elliptic.Curve) *ecdsa.PublicKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(curve, rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &key.PublicKey
+}
+
+func TestAgentKeyPayload(t *testing.T) {
+	key := bootKey(t, elliptic.P256())
+	spki, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := sha256.Sum256(spki)
+	if got, err := measure.AgentKeyPayload(key); err != nil || !bytes.Equal(got, want[:]) {
+		t.Errorf("got %x, %v, want %x", got, err, want)
+	}
+	for _, bad := range []*ecdsa.PublicKey{nil, {}} {
+		if got, err := measure.AgentKeyPayload(bad); err == nil {
+			t.Errorf("%v: got %x, want an error", bad, got)
+		}
+	}
+}
+
 func TestBootSequenceOrder(t *testing.T) {
-	key := &ecdsa.PublicKey{Curve: elliptic.P256(), X: elliptic.P256().Params().Gx, Y: elliptic.P256().Params().Gy}
+	key := bootKey(t, elliptic.P256())
 	agent := func(in measure.BootInput) measure.BootInput {
 		in.AgentConfig, in.AgentKey = []byte(`{"compat.full_access":true}`), key
 		return in
@@ -282,7 +310,7 @@ func TestBootSequenceOrder(t *testing.T) {
 
 func TestBootSequenceRefuses(t *testing.T) {
 	foreign := bytes.Repeat([]byte{9}, 20)
-	p384 := &ecdsa.PublicKey{Curve: elliptic.P384(), X: elliptic.P384().Params().Gx, Y: elliptic.P384().Params().Gy}
+	p384 := bootKey(t, elliptic.P384())
 	for _, c := range []struct {
 		name   string
 		in     measure.BootInput
