@@ -114,4 +114,3 @@ func bootInputFor(t *testing.T, era measure.Era, seq []measure.BootEvent) measur
 		Rand:        bytes.NewReader(make([]byte, 20)),
 	}
 }
-
