@@ -1,0 +1,101 @@
+package guestapi
+
+import (
+	"context"
+
+	"tdx-agent/measure"
+)
+
+// Guest is what the API asks of the agent. Its methods are called concurrently and
+// must return soon after ctx ends. Errors reach the caller as text; which status and
+// exit status they get is decided in one place, see [ExitHeader].
+type Guest interface {
+	// Evidence makes a quote that carries rd, with the log that explains it.
+	Evidence(ctx context.Context, rd measure.ReportData, caller Caller) (*measure.Evidence, error)
+	// Info describes this VM. SDKs allow it 500 ms, so it never takes a quote.
+	Info(ctx context.Context) (Info, error)
+	// Emit records an event in RTMR3. The name and payload have passed
+	// [CheckEvent].
+	Emit(ctx context.Context, name string, payload []byte, caller Caller) error
+	// GPU returns the NVIDIA attestation of this boot as nvattest wrote it, or ""
+	// when there is none.
+	GPU() string
+}
+
+// Info is the answer to the Info method. Empty fields are legal and are sent as
+// empty strings, except TCBInfo: SDKs parse it, so it must be a JSON object.
+type Info struct {
+	AppID           []byte // 20 bytes
+	InstanceID      []byte // 20 bytes, or empty when the app-compose asks for none
+	AppCert         string // PEM chain, or "" while there is none
+	TCBInfo         string // from [TCBInfo.Format]
+	AppName         string
+	DeviceID        []byte // 32 bytes
+	MRAggregated    []byte // 32 bytes
+	OSImageHash     []byte // 32 bytes; a claim of the host until a verifier proves it
+	KeyProviderInfo string // payload of the key-provider event
+	ComposeHash     []byte // 32 bytes
+	VMConfig        string // as the host gave it
+	CloudVendor     string
+	CloudProduct    string
+}
+
+func (i *Info) fields() message {
+	return message{
+		{"app_id", 1, &i.AppID},
+		{"instance_id", 2, &i.InstanceID},
+		{"app_cert", 3, &i.AppCert},
+		{"tcb_info", 4, &i.TCBInfo},
+		{"app_name", 5, &i.AppName},
+		{"device_id", 8, &i.DeviceID},
+		{"mr_aggregated", 9, &i.MRAggregated},
+		{"os_image_hash", 10, &i.OSImageHash},
+		{"key_provider_info", 12, &i.KeyProviderInfo},
+		{"compose_hash", 13, &i.ComposeHash},
+		{"vm_config", 14, &i.VMConfig},
+		{"cloud_vendor", 15, &i.CloudVendor},
+		{"cloud_product", 16, &i.CloudProduct},
+	}
+}
+
+// Caller is the process at the other end of a connection, as the kernel reported it
+// once, when the connection was accepted (SO_PEERCRED). The connection may since
+// have been handed to another process, and the PID may have been reused.
+type Caller struct {
+	PID      int32
+	UID, GID uint32
+	Known    bool // false when the transport reports no credentials
+}
+
+// Grants is what the callers of one socket may do. The zero value denies
+// everything.
+type Grants struct {
+	Read  bool // Info, Version, GpuInfo
+	Quote bool // TdxQuote with a hash, under a prefix that is not reserved
+	// RawReportData, on top of Quote, allows report data of the caller's own
+	// making: GetQuote, Attest, RawQuote and TdxQuote raw. Whoever has it can make
+	// quotes for any purpose that report data marks, a KMS's key release included.
+	RawReportData bool
+	Measure       bool // EmitEvent
+	Keys          bool // the methods that need key material, once they are served
+}
+
+// Surface is which of dstack's two services a socket speaks.
+type Surface int
+
+// The surfaces. The zero Surface has no methods.
+const (
+	Dstack Surface = iota + 1 // service DstackGuest, at /<Method>
+	Tappd                     // service Tappd, at /prpc/[Tappd.]<Method>
+)
+
+// String returns the name of the service in dstack's protocol.
+func (s Surface) String() string {
+	switch s {
+	case Dstack:
+		return "DstackGuest"
+	case Tappd:
+		return "Tappd"
+	}
+	return "no service"
+}

@@ -1,0 +1,211 @@
+package guestapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// maxBody bounds a request body; dstack takes 10 MiB.
+const maxBody = 64 << 10
+
+const (
+	mediaJSON     = "application/json"
+	mediaProtobuf = "application/octet-stream"
+)
+
+// response is a whole answer: nothing is written before all of it is known.
+type response struct {
+	status int
+	media  string
+	body   []byte
+	exit   int    // 0: no header
+	retry  string // seconds, or ""
+	allow  string
+	text   string // of an error, for the log
+}
+
+func (r *response) write(w http.ResponseWriter) {
+	h := w.Header()
+	h.Set("Content-Type", r.media)
+	h.Set("Content-Length", strconv.Itoa(len(r.body)))
+	if r.exit != 0 {
+		h.Set(ExitHeader, strconv.Itoa(r.exit))
+	}
+	if r.retry != "" {
+		h.Set("Retry-After", r.retry)
+	}
+	if r.allow != "" {
+		h.Set("Allow", r.allow)
+	}
+	w.WriteHeader(r.status)
+	w.Write(r.body) // an error here is the client's
+}
+
+// handle answers one request of either surface.
+func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
+	start := time.Now()
+	peer, _ := r.Context().Value(peerKey{}).(*peerConn)
+	if peer == nil {
+		peer = &peerConn{}
+	}
+	name, ok := s.route(r.URL)
+	var answer response
+	switch {
+	case !ok:
+		answer = s.notFound()
+	case r.Method != http.MethodGet && r.Method != http.MethodPost:
+		o := outcome{status: http.StatusMethodNotAllowed, exit: exitUsage, text: "want GET or POST"}
+		answer = o.answer(encodingJSON)
+		answer.allow = "GET, POST"
+	default:
+		answer = s.call(w, r, name, peer)
+	}
+	answer.write(w)
+	s.cfg.Logger.LogAttrs(r.Context(), levelOf(answer.status), "call",
+		slog.String("service", s.cfg.Surface.String()), slog.String("method", clip(name)),
+		slog.Int("status", answer.status), slog.Duration("took", time.Since(start)),
+		slog.Int("pid", int(peer.caller.PID)), slog.Int64("uid", int64(peer.caller.UID)),
+		slog.String("error", answer.text))
+}
+
+func levelOf(status int) slog.Level {
+	switch {
+	case status >= 500:
+		return slog.LevelError
+	case status >= 400:
+		return slog.LevelInfo
+	}
+	return slog.LevelDebug
+}
+
+// route returns the method that a path names. ok is false when the path does not
+// have the shape of the surface's only route; whether there is such a method is
+// another question.
+func (s *Server) route(u *url.URL) (name string, ok bool) {
+	path := u.EscapedPath()
+	switch s.cfg.Surface {
+	case Dstack:
+		name, ok = strings.CutPrefix(path, "/")
+	case Tappd:
+		name, ok = strings.CutPrefix(path, "/prpc/")
+	}
+	if !ok || name == "" || strings.Contains(name, "/") {
+		return "", false
+	}
+	name, err := url.PathUnescape(name)
+	if err != nil {
+		return "", false
+	}
+	for s.cfg.Surface == Tappd && strings.HasPrefix(name, "Tappd.") {
+		name = strings.TrimPrefix(name, "Tappd.")
+	}
+	return name, true
+}
+
+func (s *Server) notFound() response {
+	form := "/<Method>, as in /GetQuote"
+	if s.cfg.Surface == Tappd {
+		form = "/prpc/<Method>, as in /prpc/TdxQuote"
+	}
+	o := outcome{status: http.StatusNotFound, exit: exitUsage, text: "no such path: want " + form}
+	return o.answer(encodingJSON)
+}
+
+// call runs a method and encodes what it answers. A panic in it is this request's
+// error and nobody else's.
+func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer *peerConn) (answer response) {
+	enc := encodingOf(r)
+	defer func() {
+		if p := recover(); p != nil {
+			s.cfg.Logger.Error("panic in a method", "method", name, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			o := outcome{status: http.StatusInternalServerError, exit: exitFailure, text: "internal error: see the agent's log"}
+			answer = o.answer(enc)
+		}
+	}()
+	c := call{method: name, arguments: arguments{encoding: enc}, caller: peer.caller}
+	reply, err := s.run(w, r, &c, peer)
+	if err != nil {
+		o := outcomeOf(err)
+		if enc == encodingProtobuf && c.arguments.looksLikeJSON() {
+			enc = encodingJSON // whoever wrote it can read it
+		}
+		return o.answer(enc)
+	}
+	if enc == encodingProtobuf {
+		return response{status: http.StatusOK, media: mediaProtobuf, body: reply.appendProto(nil)}
+	}
+	return response{status: http.StatusOK, media: mediaJSON, body: reply.appendJSON(nil)}
+}
+
+func (s *Server) run(w http.ResponseWriter, r *http.Request, c *call, peer *peerConn) (message, error) {
+	payload, err := s.payload(w, r)
+	if err != nil {
+		return nil, err
+	}
+	c.arguments.payload = payload
+	m, ok := s.methods[c.method]
+	if !ok {
+		return nil, badRequest("Service not found: %s", clip(c.method))
+	}
+	// The deadline for reading was meant for the body. Left in place it would end
+	// the request's context in the middle of a slow quote.
+	if err := http.NewResponseController(w).SetReadDeadline(time.Time{}); err != nil {
+		return nil, fmt.Errorf("connection: %w", err)
+	}
+	ctx, cancel := s.callContext(r, peer)
+	defer cancel()
+	return m(s, ctx, c)
+}
+
+// callContext bounds the Guest's work for r: it ends after CallTimeout and when the
+// peer is gone, but not when the peer has only finished sending.
+func (s *Server) callContext(r *http.Request, peer *peerConn) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), s.cfg.CallTimeout)
+	stop := context.AfterFunc(r.Context(), func() {
+		awaitHangup(ctx, peer.Conn)
+		cancel()
+	})
+	return ctx, func() {
+		stop()
+		cancel()
+	}
+}
+
+// payload returns the encoded arguments: the query of a GET, the body of a POST.
+func (s *Server) payload(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	if r.Method == http.MethodGet {
+		return []byte(r.URL.RawQuery), nil
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	var tooLarge *http.MaxBytesError
+	switch {
+	case err == nil:
+		return body, nil
+	case errors.As(err, &tooLarge):
+		return nil, badRequest("failed to read data: payload too large, want at most %d bytes", maxBody)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, &requestError{
+			text: fmt.Sprintf("the request body did not arrive within %v: got %d bytes of %s", s.cfg.ReadTimeout, len(body), announced(r)),
+			exit: exitTimeout,
+		}
+	}
+	return nil, badRequest("the request body broke off after %d bytes of %s: %v", len(body), announced(r), err)
+}
+
+// announced is the length that a request says its body has.
+func announced(r *http.Request) string {
+	if r.ContentLength < 0 {
+		return "an unknown number"
+	}
+	return strconv.FormatInt(r.ContentLength, 10)
+}

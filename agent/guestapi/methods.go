@@ -1,0 +1,225 @@
+package guestapi
+
+import (
+	"context"
+	"strings"
+
+	"tdx-agent/measure"
+)
+
+// call is one request to a method.
+type call struct {
+	method    string
+	arguments arguments
+	caller    Caller
+}
+
+// method answers a call. Methods check grants before they look at the arguments.
+type method func(s *Server, ctx context.Context, c *call) (message, error)
+
+// methodsOf returns what a surface knows, by name. Names are case-sensitive.
+func methodsOf(surface Surface) map[string]method {
+	switch surface {
+	case Dstack:
+		return map[string]method{
+			"GetQuote":  (*Server).getQuote,
+			"Attest":    (*Server).attest,
+			"Info":      (*Server).info,
+			"EmitEvent": (*Server).emitEvent,
+			"Version":   (*Server).version,
+			"GpuInfo":   (*Server).gpuInfo,
+			"GetTlsKey": (*Server).needsKeys,
+			"GetKey":    (*Server).needsKeys,
+			"Sign":      (*Server).needsKeys,
+			"Verify":    (*Server).needsKeys,
+		}
+	case Tappd:
+		return map[string]method{
+			"TdxQuote":      (*Server).tdxQuote,
+			"RawQuote":      (*Server).rawQuote,
+			"Info":          (*Server).info,
+			"Version":       (*Server).version,
+			"DeriveKey":     (*Server).needsKeys,
+			"DeriveK256Key": (*Server).needsKeys,
+		}
+	}
+	return nil
+}
+
+func (s *Server) getQuote(ctx context.Context, c *call) (message, error) {
+	ev, rd, err := s.rawEvidence(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	log, err := eventLog(ev)
+	if err != nil {
+		return nil, err
+	}
+	data := rd[:]
+	return message{
+		{"quote", 1, &ev.Quote},
+		{"event_log", 2, &log},
+		{"report_data", 3, &data},
+		{"vm_config", 4, &ev.VMConfig},
+	}, nil
+}
+
+func (s *Server) attest(ctx context.Context, c *call) (message, error) {
+	ev, rd, err := s.rawEvidence(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	attestation, err := measure.EncodeAttestation(ev, rd)
+	if err != nil {
+		return nil, err
+	}
+	return message{{"attestation", 1, &attestation}}, nil
+}
+
+// rawEvidence serves GetQuote and Attest, whose report data is the caller's own.
+func (s *Server) rawEvidence(ctx context.Context, c *call) (*measure.Evidence, measure.ReportData, error) {
+	var data []byte
+	var rd measure.ReportData
+	if err := s.mayQuote(c, true); err != nil {
+		return nil, rd, err
+	}
+	if err := c.arguments.decode(message{{"report_data", 1, &data}}); err != nil {
+		return nil, rd, err
+	}
+	if len(data) > len(rd) {
+		return nil, rd, badRequest("Report data is too long")
+	}
+	copy(rd[:], data)
+	ev, err := s.cfg.Guest.Evidence(ctx, rd, c.caller)
+	return ev, rd, err
+}
+
+func (s *Server) mayQuote(c *call, raw bool) error {
+	switch {
+	case !s.cfg.Grants.Quote:
+		return denied("%s is not allowed here: this socket has no grant for quotes; agent.toml says which socket has which grants", c.method)
+	case raw && !s.cfg.Grants.RawReportData:
+		return denied("%s with report data of your own is not allowed here: this socket has no grant for raw report data; TdxQuote with a hash and a prefix needs none, and agent.toml says which socket has which grants", c.method)
+	}
+	return nil
+}
+
+func (s *Server) mayRead(c *call) error {
+	if !s.cfg.Grants.Read {
+		return denied("%s is not allowed here: this socket has no grant to read; agent.toml says which socket has which grants", c.method)
+	}
+	return nil
+}
+
+func (s *Server) tdxQuote(ctx context.Context, c *call) (message, error) {
+	var data []byte
+	var algorithm, prefix string
+	if err := s.mayQuote(c, false); err != nil {
+		return nil, err
+	}
+	err := c.arguments.decode(message{
+		{"report_data", 1, &data}, {"hash_algorithm", 2, &algorithm}, {"prefix", 3, &prefix},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return s.tappdQuote(ctx, c, data, algorithm, prefix)
+}
+
+func (s *Server) rawQuote(ctx context.Context, c *call) (message, error) {
+	var data []byte
+	if err := s.mayQuote(c, true); err != nil {
+		return nil, err
+	}
+	if err := c.arguments.decode(message{{"report_data", 1, &data}}); err != nil {
+		return nil, err
+	}
+	return s.tappdQuote(ctx, c, data, hashRaw, "")
+}
+
+func (s *Server) tappdQuote(ctx context.Context, c *call, data []byte, algorithm, prefix string) (message, error) {
+	if algorithm == hashRaw {
+		if err := s.mayQuote(c, true); err != nil {
+			return nil, err
+		}
+	}
+	bound, err := bindReportData(data, algorithm, prefix)
+	if err != nil {
+		return nil, err
+	}
+	ev, err := s.cfg.Guest.Evidence(ctx, bound.data, c.caller)
+	if err != nil {
+		return nil, err
+	}
+	log, err := eventLog(ev)
+	if err != nil {
+		return nil, err
+	}
+	return message{
+		{"quote", 1, &ev.Quote},
+		{"event_log", 2, &log},
+		{"hash_algorithm", 3, &bound.algorithm},
+		{"prefix", 4, &bound.tag},
+	}, nil
+}
+
+// eventLog returns the log as quotes carry it: boot payloads blank, digests never.
+func eventLog(ev *measure.Evidence) (string, error) {
+	log, err := measure.FormatEventLog(ev.Events, true)
+	return string(log), err
+}
+
+func (s *Server) info(ctx context.Context, c *call) (message, error) {
+	if err := s.mayRead(c); err != nil {
+		return nil, err
+	}
+	if err := c.arguments.decode(nil); err != nil {
+		return nil, err
+	}
+	info, err := s.cfg.Guest.Info(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return info.fields(), nil
+}
+
+func (s *Server) version(_ context.Context, c *call) (message, error) {
+	if err := s.mayRead(c); err != nil {
+		return nil, err
+	}
+	if err := c.arguments.decode(nil); err != nil {
+		return nil, err
+	}
+	return message{{"version", 1, &s.cfg.Version}, {"rev", 2, &s.cfg.Revision}}, nil
+}
+
+func (s *Server) gpuInfo(_ context.Context, c *call) (message, error) {
+	if err := s.mayRead(c); err != nil {
+		return nil, err
+	}
+	if err := c.arguments.decode(nil); err != nil {
+		return nil, err
+	}
+	attestation := strings.ToValidUTF8(s.cfg.Guest.GPU(), "\ufffd")
+	return message{{"attestation", 1, &attestation}}, nil
+}
+
+func (s *Server) emitEvent(ctx context.Context, c *call) (message, error) {
+	if !s.cfg.Grants.Measure {
+		return nil, denied("EmitEvent is not allowed here: set full_access = true under [compat] in agent.toml to allow it to every application, or use the admin socket")
+	}
+	var name string
+	var payload []byte
+	if err := c.arguments.decode(message{{"event", 1, &name}, {"payload", 2, &payload}}); err != nil {
+		return nil, err
+	}
+	if err := CheckEvent(name, payload); err != nil {
+		return nil, err
+	}
+	return nil, s.cfg.Guest.Emit(ctx, name, payload, c.caller)
+}
+
+// needsKeys answers the methods that this agent knows, but has no keys for.
+func (s *Server) needsKeys(_ context.Context, c *call) (message, error) {
+	return nil, &requestError{text: c.method + " needs key material, which this agent does not serve yet", exit: exitFailure}
+}

@@ -1,0 +1,144 @@
+package guestapi
+
+import (
+	"context"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// peerKey finds the *peerConn of a request in its context.
+type peerKey struct{}
+
+// peerConn is an accepted connection, who is at its other end, and the slot that it
+// occupies until it is closed.
+type peerConn struct {
+	net.Conn
+	caller  Caller
+	release func()
+}
+
+func (c *peerConn) Close() error {
+	c.release()
+	return c.Conn.Close()
+}
+
+// slots counts the open connections of one server.
+type slots struct {
+	total, perUID int
+
+	mu    sync.Mutex // guards what follows
+	open  int
+	byUID map[uint32]int // of known callers; no entry is 0
+}
+
+// take occupies a slot and returns what frees it, or reports that none is left.
+func (s *slots) take(c Caller) (release func(), ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.open >= s.total || c.Known && s.byUID[c.UID] >= s.perUID {
+		return nil, false
+	}
+	s.open++
+	if c.Known {
+		s.byUID[c.UID]++
+	}
+	return sync.OnceFunc(func() { s.free(c) }), true
+}
+
+func (s *slots) free(c Caller) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.open--
+	if !c.Known {
+		return
+	}
+	if s.byUID[c.UID]--; s.byUID[c.UID] == 0 {
+		delete(s.byUID, c.UID)
+	}
+}
+
+// peerListener accepts connections as *peerConn, and turns away those that find no
+// slot.
+type peerListener struct {
+	net.Listener
+	slots *slots
+}
+
+func (l *peerListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		caller := callerOf(conn)
+		if release, ok := l.slots.take(caller); ok {
+			return &peerConn{Conn: conn, caller: caller, release: release}, nil
+		}
+		turnAway(conn)
+	}
+}
+
+// turnAway answers a connection without reading its request. The answer fits into
+// the empty socket buffer, so a client that does not read cannot hold up the others.
+func turnAway(conn net.Conn) {
+	const body = "{\n  \"error\": \"too many open connections: close some or try again later\"\n}"
+	const head = "HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\nContent-Length: 73\r\n" +
+		"Retry-After: 1\r\n" + ExitHeader + ": 9\r\nConnection: close\r\n\r\n"
+	conn.SetWriteDeadline(time.Now().Add(time.Millisecond))
+	conn.Write([]byte(head + body))
+	conn.Close()
+}
+
+// callerOf asks the kernel who connected.
+func callerOf(conn net.Conn) Caller {
+	var c Caller
+	control(conn, func(fd int) {
+		cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+		if err == nil && cred.Pid > 0 {
+			c = Caller{PID: cred.Pid, UID: cred.Uid, GID: cred.Gid, Known: true}
+		}
+	})
+	return c
+}
+
+// control runs f on the descriptor of conn, if it has one, and reports whether it did.
+func control(conn net.Conn, f func(fd int)) bool {
+	sc, ok := conn.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return false
+	}
+	return raw.Control(func(fd uintptr) { f(int(fd)) }) == nil
+}
+
+// awaitHangup returns when the peer has closed its end, or when ctx ends. To net/http
+// a peer that has only ended its side of the conversation looks as if it was gone,
+// but it may still read; the kernel reports the difference (POLLHUP), and not as an
+// event that Go's runtime passes on.
+func awaitHangup(ctx context.Context, conn net.Conn) {
+	ticker := time.NewTicker(100 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		gone := true
+		control(conn, func(fd int) {
+			fds := []unix.PollFd{{Fd: int32(fd)}}
+			_, err := unix.Poll(fds, 0)
+			gone = err != nil && err != unix.EINTR || fds[0].Revents != 0
+		})
+		if gone {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
