@@ -115,7 +115,7 @@ func (c *Client) Mkdir(name string) error {
 			}
 			return errNoFile
 		}
-		if _, err := c.td.loadEntry(p.entry); err != nil {
+		if err := c.td.findEntry(p.entry); err != nil {
 			return err
 		}
 		switch {
@@ -163,8 +163,7 @@ func (c *Client) ReadFile(name string) (b []byte, err error) {
 		if p.level == report {
 			return &fs.PathError{Op: "read", Path: name, Err: syscall.EISDIR}
 		}
-		e, err := c.td.loadEntry(p.entry)
-		if err != nil {
+		if err := c.td.findEntry(p.entry); err != nil {
 			return err
 		}
 		if p.level == anEntry {
@@ -173,7 +172,7 @@ func (c *Client) ReadFile(name string) (b []byte, err error) {
 		if err := openable(p, "inblob"); err != nil {
 			return err
 		}
-		if b, err = c.td.readAttribute(p, e); err != nil {
+		if b, err = c.td.readAttribute(p); err != nil {
 			return &fs.PathError{Op: "read", Path: name, Err: err}
 		}
 		return nil
@@ -195,7 +194,12 @@ func openable(p place, forbidden ...string) error {
 	return nil
 }
 
-func (td *TD) readAttribute(p place, e *entry) ([]byte, error) {
+func (td *TD) readAttribute(p place) ([]byte, error) {
+	f, e, err := td.openEntry(p.entry)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
 	if td.behaviour().NoProvider {
 		return nil, syscall.ENXIO
 	}
@@ -205,7 +209,7 @@ func (td *TD) readAttribute(p place, e *entry) ([]byte, error) {
 	case "provider":
 		return []byte("tdx_guest\n"), nil
 	}
-	return td.outblob(p.entry, e)
+	return td.outblob(f, e)
 }
 
 // WriteFile opens the file, writes contents by one write, and closes it. What the
@@ -218,7 +222,7 @@ func (c *Client) WriteFile(name string, contents []byte) error {
 		if p.level == report {
 			return syscall.EISDIR
 		}
-		_, err := c.td.loadEntry(p.entry)
+		err := c.td.findEntry(p.entry)
 		switch {
 		case p.level == anEntry && err == nil:
 			return syscall.EISDIR
@@ -254,7 +258,7 @@ func (c *Client) RemoveAll(name string) error {
 			}
 			return nil
 		}
-		_, err := c.td.loadEntry(p.entry)
+		err := c.td.findEntry(p.entry)
 		switch {
 		case errors.Is(err, errNoFile) || err == nil && !isAttribute(p.file):
 			return nil

@@ -3,6 +3,7 @@ package tdxsim
 import (
 	"encoding/binary"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -17,67 +18,90 @@ const inblobMax = len(measure.ReportData{})
 type entry struct {
 	generation uint64 // of inblob
 	inblob     []byte // empty: none
-	// outblob is the cached quote, made from inblob at generation made; cached says
-	// that there is one, since a quote of no bytes is cached too.
-	outblob []byte
-	made    uint64
-	cached  bool
+	// The cached quote was made from inblob at generation made; cached says that
+	// there is one, since a quote of no bytes is cached too.
+	made   uint64
+	cached bool
+	size   uint32 // of the cached quote
 }
 
-// An entry's file: generation and made (8 bytes each, little-endian), cached and the
-// length of inblob (a byte each), inblob, outblob.
-const entryHeader = 18
+// An entry's file: a header, then the cached quote. The header is the fields of
+// entry in order, integers little-endian, inblob as a length byte and 64 bytes. It
+// is written by one pwrite inside one page, and only after the quote that it
+// speaks of, so that a process killed in between has done nothing.
+const (
+	headerSize  = 86
+	quoteOffset = 128
+)
 
 func (e *entry) encode() []byte {
-	b := make([]byte, 0, entryHeader+len(e.inblob)+len(e.outblob))
+	b := make([]byte, 0, headerSize)
 	b = binary.LittleEndian.AppendUint64(b, e.generation)
+	b = append(b, byte(len(e.inblob)))
+	b = append(b, e.inblob...)
+	b = append(b, make([]byte, inblobMax-len(e.inblob))...)
 	b = binary.LittleEndian.AppendUint64(b, e.made)
 	cached := byte(0)
 	if e.cached {
 		cached = 1
 	}
-	b = append(b, cached, byte(len(e.inblob)))
-	b = append(b, e.inblob...)
-	return append(b, e.outblob...)
+	b = append(b, cached)
+	return binary.LittleEndian.AppendUint32(b, e.size)
 }
 
 func decodeEntry(b []byte) (*entry, error) {
-	if len(b) < entryHeader || b[17] > byte(inblobMax) || len(b) < entryHeader+int(b[17]) || len(b) > entryHeader+inblobMax+quoteMax {
+	if len(b) != headerSize || int(b[8]) > inblobMax {
 		return nil, errors.New("damaged entry")
 	}
-	end := entryHeader + int(b[17])
-	return &entry{
+	e := &entry{
 		generation: binary.LittleEndian.Uint64(b),
-		made:       binary.LittleEndian.Uint64(b[8:]),
-		cached:     b[16] == 1,
-		inblob:     b[entryHeader:end],
-		outblob:    b[end:],
-	}, nil
+		inblob:     b[9 : 9+b[8]],
+		made:       binary.LittleEndian.Uint64(b[73:]),
+		cached:     b[81] == 1,
+		size:       binary.LittleEndian.Uint32(b[82:]),
+	}
+	if e.size > quoteMax {
+		return nil, errors.New("damaged entry")
+	}
+	return e, nil
 }
 
-// loadEntry returns ENOENT if there is no such entry. The caller holds the configfs
+// openEntry returns ENOENT if there is no such entry. The caller holds the configfs
 // lock, here and below.
-func (td *TD) loadEntry(name string) (*entry, error) {
+func (td *TD) openEntry(name string) (*os.File, *entry, error) {
 	dir, err := td.entryDir()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	b, err := os.ReadFile(filepath.Join(dir, name))
+	f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, errNoFile
+		return nil, nil, errNoFile
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return decodeEntry(b)
+	var b [headerSize]byte
+	n, err := f.ReadAt(b[:], 0)
+	if err == nil || errors.Is(err, io.EOF) {
+		var e *entry
+		if e, err = decodeEntry(b[:n]); err == nil {
+			return f, e, nil
+		}
+	}
+	f.Close()
+	return nil, nil, err
 }
 
-func (td *TD) storeEntry(name string, e *entry) error {
+// findEntry returns ENOENT if there is no such entry.
+func (td *TD) findEntry(name string) error {
 	dir, err := td.entryDir()
 	if err != nil {
 		return err
 	}
-	return replaceFile(td.dir, filepath.Join(dir, name), e.encode())
+	if _, err = os.Lstat(filepath.Join(dir, name)); errors.Is(err, fs.ErrNotExist) {
+		return errNoFile
+	}
+	return err
 }
 
 // createEntry is mkdir.
@@ -86,7 +110,7 @@ func (td *TD) createEntry(name string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+	if td.findEntry(name) == nil {
 		return syscall.EEXIST
 	}
 	if td.behaviour().NoProvider {
@@ -95,7 +119,7 @@ func (td *TD) createEntry(name string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	return td.storeEntry(name, &entry{})
+	return replaceFile(td.dir, filepath.Join(dir, name), new(entry).encode())
 }
 
 // deleteEntry is rmdir.
@@ -114,10 +138,11 @@ func (td *TD) deleteEntry(name string) error {
 // commit is what one open, one write of b and a close do to inblob. The kernel
 // reports what it thinks of the write, and commits what it took, be it nothing.
 func (td *TD) commit(name string, b []byte) error {
-	e, err := td.loadEntry(name)
+	f, e, err := td.openEntry(name)
 	if err != nil {
 		return err
 	}
+	defer f.Close()
 	var refused error
 	switch {
 	case len(b) == 0:
@@ -127,24 +152,30 @@ func (td *TD) commit(name string, b []byte) error {
 	}
 	e.inblob = b
 	e.generation++
-	if err := td.storeEntry(name, e); err != nil {
+	if _, err := f.WriteAt(e.encode(), 0); err != nil {
 		return err
 	}
 	return refused
 }
 
 // outblob reads the quote of an entry: the cached one, or a new one.
-func (td *TD) outblob(name string, e *entry) ([]byte, error) {
+func (td *TD) outblob(f *os.File, e *entry) ([]byte, error) {
 	if len(e.inblob) == 0 {
 		return nil, syscall.EINVAL
 	}
 	if e.cached && e.made == e.generation {
-		return e.outblob, nil
+		quote := make([]byte, e.size)
+		_, err := f.ReadAt(quote, quoteOffset)
+		return quote, err
 	}
 	quote, err := td.hostQuote(e.inblob)
 	if err != nil {
 		return nil, err
 	}
-	e.outblob, e.made, e.cached = quote, e.generation, true
-	return quote, td.storeEntry(name, e)
+	if _, err := f.WriteAt(quote, quoteOffset); err != nil {
+		return nil, err
+	}
+	e.made, e.cached, e.size = e.generation, true, uint32(len(quote))
+	_, err = f.WriteAt(e.encode(), 0)
+	return quote, err
 }
