@@ -2,6 +2,7 @@ package guestapi
 
 import (
 	"context"
+	"fmt"
 
 	"tdx-agent/measure"
 )
@@ -65,6 +66,14 @@ type Caller struct {
 	PID      int32
 	UID, GID uint32
 	Known    bool // false when the transport reports no credentials
+}
+
+// String returns the caller for people and logs.
+func (c Caller) String() string {
+	if !c.Known {
+		return "unknown"
+	}
+	return fmt.Sprintf("pid %d, uid %d, gid %d", c.PID, c.UID, c.GID)
 }
 
 // Grants is what the callers of one socket may do. The zero value denies

@@ -74,8 +74,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 	s.cfg.Logger.LogAttrs(r.Context(), levelOf(answer.status), "call",
 		slog.String("service", s.cfg.Surface.String()), slog.String("method", clip(name)),
 		slog.Int("status", answer.status), slog.Duration("took", time.Since(start)),
-		slog.Int("pid", int(peer.caller.PID)), slog.Int64("uid", int64(peer.caller.UID)),
-		slog.String("error", answer.text))
+		slog.String("caller", peer.caller.String()), slog.String("error", answer.text))
 }
 
 func levelOf(status int) slog.Level {
