@@ -11,15 +11,18 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/google/go-configfs-tsm/configfs/configfsi"
 )
 
 // reportDir is the one folder that the client knows.
 const reportDir = "/sys/kernel/config/tsm/report"
 
 // Client answers as the kernel does below /sys/kernel/config/tsm/report. It has the
-// methods of go-configfs-tsm's configfsi.Client, and Mkdir. Every call stands for
-// the system calls of its namesake in package os, with one write. Errors are
-// [*fs.PathError] around the kernel's errno; EINTR is not retried.
+// methods of go-configfs-tsm's configfsi.Client, and Mkdir. ReadFile stands for
+// open(O_RDONLY), read to the end and close; WriteFile for open(O_WRONLY), one write
+// and close; RemoveAll for rmdir. Errors are [*fs.PathError] around the kernel's
+// errno; EINTR is not retried.
 //
 // As in the kernel, every call but ReadDir waits while a quote is made, whichever
 // process asked for it.
@@ -130,26 +133,11 @@ func (c *Client) Mkdir(name string) error {
 	})
 }
 
-// MkdirTemp makes an entry of a new name, as os.MkdirTemp does: the last "*" of
-// pattern, or its end, is where random digits go.
+// MkdirTemp makes an entry of a new name: pattern with its last "*" replaced by
+// random characters. It returns the name also with an error.
 func (c *Client) MkdirTemp(dir, pattern string) (string, error) {
-	if strings.Contains(pattern, "/") {
-		return "", &fs.PathError{Op: "mkdirtemp", Path: pattern, Err: errors.New("pattern contains path separator")}
-	}
-	prefix, suffix := pattern, ""
-	if i := strings.LastIndexByte(pattern, '*'); i >= 0 {
-		prefix, suffix = pattern[:i], pattern[i+1:]
-	}
-	for tries := 0; ; tries++ {
-		name := path.Join(dir, prefix+rand.Text()[:10]+suffix)
-		err := c.Mkdir(name)
-		if err == nil {
-			return name, nil
-		}
-		if tries == 100 || !errors.Is(err, fs.ErrExist) {
-			return "", err
-		}
-	}
+	name := path.Join(dir, configfsi.TempName(rand.Reader, pattern))
+	return name, c.Mkdir(name)
 }
 
 // ReadFile opens the file and reads it to its end. Reading outblob makes a quote if
@@ -212,7 +200,7 @@ func (td *TD) readAttribute(p place) ([]byte, error) {
 	return td.outblob(f, e)
 }
 
-// WriteFile opens the file, writes contents by one write, and closes it. What the
+// WriteFile opens the file, which must exist, writes contents, and closes it. What the
 // kernel commits at close shows in generation alone: close never fails.
 func (c *Client) WriteFile(name string, contents []byte) error {
 	return c.do("open", name, func(p place) error {
@@ -222,16 +210,11 @@ func (c *Client) WriteFile(name string, contents []byte) error {
 		if p.level == report {
 			return syscall.EISDIR
 		}
-		err := c.td.findEntry(p.entry)
-		switch {
-		case p.level == anEntry && err == nil:
-			return syscall.EISDIR
-		case p.level == anEntry && errors.Is(err, errNoFile):
-			return syscall.EACCES // the file would have to be created
-		case err != nil:
+		if err := c.td.findEntry(p.entry); err != nil {
 			return err
-		case p.level == anAttribute && !isAttribute(p.file):
-			return syscall.EACCES
+		}
+		if p.level == anEntry {
+			return syscall.EISDIR
 		}
 		if err := openable(p, "outblob", "generation", "provider"); err != nil {
 			return err
@@ -243,31 +226,25 @@ func (c *Client) WriteFile(name string, contents []byte) error {
 	})
 }
 
-// RemoveAll removes an entry; none is no error. An entry's files and report itself
-// cannot be removed: EPERM.
+// RemoveAll is rmdir: it removes an entry. ENOENT if there is none, EPERM for report
+// itself, ENOTDIR for an entry's file.
 func (c *Client) RemoveAll(name string) error {
-	return c.do("unlinkat", name, func(p place) error {
+	return c.do("rmdir", name, func(p place) error {
 		switch p.level {
 		case elsewhere:
-			return nil
+			return errNoFile
 		case report:
 			return syscall.EPERM
 		case anEntry:
-			if err := c.td.deleteEntry(p.entry); !errors.Is(err, errNoFile) {
-				return err
-			}
-			return nil
+			return c.td.deleteEntry(p.entry)
 		}
-		err := c.td.findEntry(p.entry)
-		switch {
-		case errors.Is(err, errNoFile) || err == nil && !isAttribute(p.file):
-			return nil
-		case err != nil:
+		if err := c.td.findEntry(p.entry); err != nil {
 			return err
-		case p.level == beyond:
+		}
+		if isAttribute(p.file) {
 			return syscall.ENOTDIR
 		}
-		return syscall.EPERM
+		return errNoFile
 	})
 }
 
