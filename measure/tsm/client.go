@@ -141,6 +141,24 @@ func (c *dirClient) WriteFile(name string, contents []byte) error {
 	return pathError("write", path, err)
 }
 
+// lock takes the lock that dstack's tdx-attest takes on an entry it shares. It does
+// not wait: EAGAIN means that somebody has it.
+func (c *dirClient) lock(name string) (unlock func(), err error) {
+	path, err := c.path("open", name)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, pathError("open", path, err)
+	}
+	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		unix.Close(fd)
+		return nil, pathError("flock", path, err)
+	}
+	return func() { unix.Close(fd) }, nil
+}
+
 func pathError(op, path string, err error) error {
 	if err == nil {
 		return nil
