@@ -112,17 +112,18 @@ func (k *Kernel) findQuotes(p Paths) error {
 	missing := fmt.Errorf("there is no %s", p.Reports)
 	if isDir(p.Reports) {
 		err := k.openReports(p.Reports, p.Entry)
-		if unsupported := (*measure.UnsupportedError)(nil); !errors.As(err, &unsupported) {
+		var unsupported *measure.UnsupportedError
+		if !errors.As(err, &unsupported) {
 			return err
 		}
-		missing = err
-		k.note("%v", err)
+		missing = fmt.Errorf("%s has no quote provider: %w", p.Reports, unsupported.Err)
 	}
 	port, err := readAttestConf(p.AttestConf)
 	if err != nil {
 		return err
 	}
 	if port > 0 {
+		k.note("quotes come from the host's QGS at vsock port %d, because %v", port, missing)
 		return k.openQGS(p, port)
 	}
 	what := "make quotes"
