@@ -1,0 +1,216 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/BurntSushi/toml"
+
+	"tdx-agent/measure"
+)
+
+const (
+	defaultConfig  = "/etc/tdx-agent/agent.toml"
+	defaultRuntime = "/run/tdx-agent"
+	maxConfig      = 1 << 20
+)
+
+// Config is agent.toml. agent.toml.example documents every key; a test holds the
+// two together.
+type Config struct {
+	OnForeignExtend string        `toml:"on_foreign_extend"` // "refuse" or "serve"
+	Kernel          KernelConfig  `toml:"kernel"`
+	Boot            BootConfig    `toml:"boot"`
+	Sockets         SocketsConfig `toml:"sockets"`
+	Compat          CompatConfig  `toml:"compat"`
+}
+
+// KernelConfig says where the kernel's interfaces are.
+type KernelConfig struct {
+	Entry             string `toml:"entry"`
+	CCEL              string `toml:"ccel"`
+	AttestConf        string `toml:"attest_conf"`
+	AllowEnvOverrides bool   `toml:"allow_env_overrides"`
+}
+
+// BootConfig says what the boot step measures.
+type BootConfig struct {
+	HostShared     string `toml:"host_shared"`
+	AppKeys        string `toml:"app_keys"`
+	Era            string `toml:"era"`
+	AgentKey       bool   `toml:"agent_key"`
+	DstackLogs     string `toml:"dstack_logs"`
+	OSImageHash    string `toml:"os_image_hash"`
+	RootFSHash     string `toml:"rootfs_hash"`
+	CACertHash     string `toml:"ca_cert_hash"`
+	MRKMS          string `toml:"mr_kms"`
+	StorageFS      string `toml:"storage_fs"`
+	GPUAttestation string `toml:"gpu_attestation"`
+}
+
+// SocketsConfig says where dstack's sockets are when systemd does not pass them.
+type SocketsConfig struct {
+	Dstack string `toml:"dstack"`
+	Tappd  string `toml:"tappd"`
+}
+
+// CompatConfig loosens the agent for applications that count on it.
+type CompatConfig struct {
+	FullAccess    bool   `toml:"full_access"`
+	RawReportData bool   `toml:"raw_report_data"`
+	GPUInfo       string `toml:"gpu_info"`
+}
+
+func newConfig() *Config {
+	return &Config{
+		OnForeignExtend: "refuse",
+		Kernel:          KernelConfig{Entry: "tdx-agent", CCEL: "/sys/firmware/acpi/tables/data/CCEL", AttestConf: "/etc/tdx-attest.conf"},
+		Boot:            BootConfig{HostShared: "/dstack/.host-shared", Era: "0.5.11", AgentKey: true, DstackLogs: "/run/log"},
+		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
+		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
+	}
+}
+
+// loadConfig reads the file. An empty path means the default one, which may be
+// absent; a path that was asked for may not.
+func loadConfig(path string) (*Config, error) {
+	c := newConfig()
+	asked := path != ""
+	if !asked {
+		path = defaultConfig
+	}
+	b, err := readCapped(path, maxConfig)
+	if errors.Is(err, fs.ErrNotExist) && !asked {
+		return c, nil
+	}
+	if err != nil {
+		return nil, withExit(exitConfig, err)
+	}
+	if err := c.decode(path, b); err != nil {
+		return nil, withExit(exitConfig, err)
+	}
+	return c, nil
+}
+
+func (c *Config) decode(path string, b []byte) error {
+	meta, err := toml.Decode(string(b), c)
+	if pe := (toml.ParseError{}); errors.As(err, &pe) {
+		return fmt.Errorf("%s: %s", path, pe.ErrorWithUsage())
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %v", path, err)
+	}
+	var unknown []error
+	for _, key := range meta.Undecoded() {
+		unknown = append(unknown, fmt.Errorf("%s:%d: unknown key %q; agent.toml.example lists every key", path, lineOf(b, key), key))
+	}
+	if len(unknown) > 0 {
+		return errors.Join(unknown...)
+	}
+	if err := c.check(); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// lineOf finds the line that sets key, since the decoder does not tell.
+func lineOf(b []byte, key toml.Key) int {
+	table, name := strings.Join(key[:len(key)-1], "."), key[len(key)-1]
+	var in string
+	s := bufio.NewScanner(bytes.NewReader(b))
+	for line := 1; s.Scan(); line++ {
+		text := strings.TrimSpace(s.Text())
+		if h, ok := strings.CutPrefix(text, "["); ok {
+			in = strings.Trim(h, "[] ")
+			if in == key.String() {
+				return line
+			}
+			continue
+		}
+		left, _, ok := strings.Cut(text, "=")
+		if left = strings.Trim(strings.TrimSpace(left), `"'`); ok && (in == table && left == name || in == "" && left == key.String()) {
+			return line
+		}
+	}
+	return 0
+}
+
+func (c *Config) check() error {
+	if c.OnForeignExtend != "refuse" && c.OnForeignExtend != "serve" {
+		return fmt.Errorf(`on_foreign_extend is %q, want "refuse" or "serve"`, c.OnForeignExtend)
+	}
+	if e := c.Kernel.Entry; e == "" || len(e) > 255 || strings.ContainsAny(e, "/\x00") || e == "." || e == ".." {
+		return fmt.Errorf("kernel.entry is %q, want the name of a configfs entry", e)
+	}
+	if _, err := measure.ParseEra(c.Boot.Era); err != nil {
+		return fmt.Errorf("boot.era: %w", err)
+	}
+	for name, path := range map[string]string{"kernel.ccel": c.Kernel.CCEL, "kernel.attest_conf": c.Kernel.AttestConf, "boot.host_shared": c.Boot.HostShared,
+		"boot.app_keys": c.Boot.AppKeys, "boot.dstack_logs": c.Boot.DstackLogs, "boot.gpu_attestation": c.Boot.GPUAttestation, "compat.gpu_info": c.Compat.GPUInfo,
+		"sockets.dstack": c.Sockets.Dstack, "sockets.tappd": c.Sockets.Tappd} {
+		if path != "" && !filepath.IsAbs(path) {
+			return fmt.Errorf("%s is %q, want an absolute path", name, path)
+		}
+	}
+	for name, v := range map[string]string{"boot.os_image_hash": c.Boot.OSImageHash, "boot.rootfs_hash": c.Boot.RootFSHash,
+		"boot.ca_cert_hash": c.Boot.CACertHash, "boot.mr_kms": c.Boot.MRKMS} {
+		if _, err := hash32(v); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// loosened lists the settings that loosen a default, by name, with their values. They
+// are shown in status and measured as event agent-config.
+func (c *Config) loosened() map[string]any {
+	m := map[string]any{}
+	if c.OnForeignExtend != "refuse" {
+		m["on_foreign_extend"] = c.OnForeignExtend
+	}
+	if c.Kernel.AllowEnvOverrides {
+		m["kernel.allow_env_overrides"] = true
+	}
+	if c.Compat.FullAccess {
+		m["compat.full_access"] = true
+	}
+	return m
+}
+
+// agentConfig is the payload of event agent-config: the loosened settings as JSON
+// with sorted keys, or nothing when there are none.
+func (c *Config) agentConfig() []byte {
+	m := c.loosened()
+	if len(m) == 0 {
+		return nil
+	}
+	b, err := json.Marshal(m) // sorts the keys
+	if err != nil {
+		panic(err) // strings and booleans only
+	}
+	return b
+}
+
+// readCapped reads a regular file of at most limit bytes.
+func readCapped(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", path)
+	}
+	return readLimited(f, path, limit)
+}

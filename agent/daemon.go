@@ -1,0 +1,217 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"tdx-agent/agent/guestapi"
+	"tdx-agent/agent/status"
+	"tdx-agent/measure"
+)
+
+const (
+	// quoteWait bounds a quote: a silent host takes 31 s, and another process of the
+	// guest may hold it as long before us.
+	quoteWait = 70 * time.Second
+	// checkEvery is how often the log is held against the register when nobody asks.
+	checkEvery = 30 * time.Second
+)
+
+// daemon is the running agent: what the sockets serve from.
+type daemon struct {
+	cfg      *Config
+	dir      runtimeDir
+	log      *slog.Logger
+	started  time.Time
+	backend  *backend
+	ledger   *measure.Ledger
+	attester *measure.Attester
+	files    *measure.GuestFiles // nil: no application files
+	access   []status.Access
+	cloud    [2]string // DMI vendor and product
+
+	mu       sync.Mutex // guards what follows
+	info     guestapi.Info
+	infoOf   infoKey // what info was made from
+	diverged string  // the last problem reported, so that each is logged once
+}
+
+// infoKey is all that Info depends on and that changes while the agent runs.
+type infoKey struct {
+	regs    measure.Registers
+	records int
+}
+
+func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *measure.Ledger, files *measure.GuestFiles, log *slog.Logger) (*daemon, error) {
+	d := &daemon{cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), backend: b, ledger: l, files: files,
+		cloud: [2]string{dmi("sys_vendor"), dmi("product_name")}}
+	ac := measure.AttesterConfig{Quoter: b.quoter, Ledger: l, Boot: b.boot, ServeDiverged: cfg.OnForeignExtend == "serve"}
+	if files != nil {
+		ac.VMConfig = files.SysConfig.VMConfig
+	}
+	d.attester = measure.NewAttester(ac)
+	s, err := l.Snapshot(ctx)
+	if err := d.report(err); err != nil {
+		return nil, err
+	}
+	return d, d.checkMeasured(s)
+}
+
+// checkMeasured refuses to serve an application or settings that are not the ones
+// RTMR3 speaks of.
+func (d *daemon) checkMeasured(s measure.Snapshot) error {
+	events := s.Events()
+	if err := checkLoosened(d.cfg, events); err != nil {
+		return err
+	}
+	id, err := measure.IdentityOf(events)
+	if err != nil {
+		d.log.Warn("identity events are not in order", "error", err)
+	}
+	if d.files == nil || id.ComposeHash == nil {
+		return nil
+	}
+	if h := measure.ComposeHash(d.files.AppCompose); string(h[:]) != string(id.ComposeHash) {
+		return exitf(exitConfig, "app-compose.json hashes to %x, but this boot has measured %x; it was changed after the boot step", h, id.ComposeHash)
+	}
+	return nil
+}
+
+// report logs a divergence when it is new, and passes any other error on.
+func (d *daemon) report(err error) error {
+	var div *measure.DivergenceError
+	if err != nil && !errors.As(err, &div) {
+		return err
+	}
+	now := ""
+	if div != nil {
+		now = div.Error()
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if now != "" && now != d.diverged {
+		d.log.Error("RTMR3 and its log disagree", "error", now, "on_foreign_extend", d.cfg.OnForeignExtend)
+	}
+	d.diverged = now
+	return nil
+}
+
+// Evidence implements guestapi.Guest.
+func (d *daemon) Evidence(ctx context.Context, rd measure.ReportData, c guestapi.Caller) (*measure.Evidence, error) {
+	ctx, cancel := context.WithTimeout(ctx, quoteWait)
+	defer cancel()
+	ev, err := d.attester.Evidence(ctx, rd, fmt.Sprintf("%d/%d", c.UID, c.PID))
+	if err != nil {
+		if d.report(err) != nil {
+			d.log.Warn("no quote", "error", err)
+		}
+		return nil, err
+	}
+	return ev, nil
+}
+
+// Emit implements guestapi.Guest.
+func (d *daemon) Emit(ctx context.Context, name string, payload []byte, c guestapi.Caller) error {
+	_, err := d.emit(ctx, measure.Entry{Name: name, Payload: payload, Caller: fmt.Sprintf("uid %d pid %d", c.UID, c.PID)})
+	return err
+}
+
+// emit records an application's event, which only ever follows the boot step's: an
+// earlier one would stand among the events that verifiers take the identity from.
+func (d *daemon) emit(ctx context.Context, e measure.Entry) (measure.Record, error) {
+	s, err := d.ledger.Snapshot(ctx)
+	if err != nil {
+		d.report(err)
+		return measure.Record{}, err
+	}
+	if !d.measured(s.Events()) {
+		return measure.Record{}, exitf(exitDenied, "event %q: the boot step has not finished; run tdx-agent measure first", e.Name)
+	}
+	r, err := d.ledger.Record(ctx, e)
+	if err != nil {
+		d.report(err)
+		return measure.Record{}, err
+	}
+	d.log.Info("event extended into RTMR3", "event", r.Name, "seq", r.Seq, "rtmr3", r.Next, "caller", r.Caller)
+	return r, nil
+}
+
+// measured tells whether the boot step has finished.
+func (d *daemon) measured(events []measure.Event) bool {
+	id, err := measure.IdentityOf(events)
+	if d.cfg.Boot.Era == string(measure.Era03) {
+		return err == nil && id.InstanceID != nil
+	}
+	return id.Ready
+}
+
+// GPU implements guestapi.Guest.
+func (d *daemon) GPU() string {
+	b, err := readCapped(d.cfg.Compat.GPUInfo, 1<<20)
+	if err != nil {
+		return ""
+	}
+	return string(b)
+}
+
+// registers reads the registers, or takes those of the last quote where the kernel
+// offers no other way.
+func (d *daemon) registers() (measure.Registers, error) {
+	regs, err := d.backend.registers.Registers()
+	if errors.As(err, new(*measure.UnsupportedError)) {
+		if q := d.attester.LastQuote(); q != nil {
+			return q.Body.Registers, nil
+		}
+	}
+	return regs, err
+}
+
+// background keeps the promise of readiness: a quote when the agent starts, until
+// one has worked, and the log held against the register from then on.
+func (d *daemon) background(ctx context.Context) {
+	tick := time.NewTicker(checkEvery)
+	defer tick.Stop()
+	for {
+		if d.attester.LastQuote() == nil && d.backend.quoter != nil {
+			if _, err := d.Evidence(ctx, measure.ReportData{}, guestapi.Caller{}); err != nil && ctx.Err() == nil {
+				d.log.Warn("background quote failed; it will be tried again", "error", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := d.alive(ctx); err != nil && ctx.Err() == nil {
+			d.log.Error("the RTMR3 log could not be checked", "error", err)
+		}
+	}
+}
+
+// alive proves that the log can be locked and the register read. A divergence is
+// reported, and is not a failure: a restart could not repair it.
+func (d *daemon) alive(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	_, err := d.ledger.Snapshot(ctx)
+	if err := d.report(err); err != nil {
+		return err
+	}
+	if age := d.attester.Running(); age > 2*quoteWait {
+		return fmt.Errorf("a quote has been running for %s", age)
+	}
+	return nil
+}
+
+func dmi(name string) string {
+	b, err := os.ReadFile("/sys/class/dmi/id/" + name)
+	if err != nil || len(b) > 256 {
+		return ""
+	}
+	return string(trimSpace(b))
+}

@@ -1,0 +1,133 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"golang.org/x/sys/unix"
+)
+
+// The sockets by the names systemd passes them under (FileDescriptorName=).
+const (
+	socketDstack = "dstack"
+	socketTappd  = "tappd"
+	socketAgent  = "agent"
+	socketAdmin  = "admin"
+)
+
+// socketModes are the sockets of serve. Containers have arbitrary user ids, so
+// dstack's two are open to all, and what they give is limited instead.
+var socketModes = map[string]fs.FileMode{socketDstack: 0o666, socketTappd: 0o666, socketAgent: 0o660, socketAdmin: 0o600}
+
+// listenAll takes the sockets from systemd, all of them and by name, or binds them.
+func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener, error) {
+	passed, err := activation.ListenersWithNames()
+	if err != nil {
+		return nil, fmt.Errorf("sockets from systemd: %w", err)
+	}
+	if len(passed) > 0 {
+		return takeListeners(passed)
+	}
+	paths := map[string]string{socketDstack: cfg.Sockets.Dstack, socketTappd: cfg.Sockets.Tappd, socketAgent: dir.agentSocket(), socketAdmin: dir.adminSocket()}
+	if given {
+		paths[socketDstack], paths[socketTappd] = dir.path("dstack.sock"), dir.path("tappd.sock")
+	}
+	all := map[string]net.Listener{}
+	for name, path := range paths {
+		l, err := listenUnix(path, socketModes[name])
+		if err != nil {
+			closeAll(all)
+			return nil, err
+		}
+		all[name] = l
+	}
+	return all, nil
+}
+
+func takeListeners(passed map[string][]net.Listener) (map[string]net.Listener, error) {
+	all := map[string]net.Listener{}
+	var problems []error
+	for name, ls := range passed {
+		if _, known := socketModes[name]; !known || len(ls) != 1 {
+			problems = append(problems, fmt.Errorf("systemd passed %d sockets named %q; want one of each of dstack, tappd, agent, admin (FileDescriptorName=)", len(ls), name))
+			continue
+		}
+		all[name] = ls[0]
+	}
+	for name := range socketModes {
+		if _, ok := passed[name]; !ok {
+			problems = append(problems, fmt.Errorf("systemd passed no socket named %q; start the .socket units", name))
+		}
+	}
+	if len(problems) > 0 {
+		closeAll(all)
+		return nil, withExit(exitConfig, errors.Join(problems...))
+	}
+	return all, nil
+}
+
+// listenUnix binds a socket in the place of one that a dead process left behind. The
+// caller holds the lock that keeps a second agent out of this folder.
+func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	if st, err := os.Lstat(path); err == nil {
+		if st.Mode()&fs.ModeSocket == 0 {
+			return nil, fmt.Errorf("socket %s: something else is there (%s); remove it", path, st.Mode().Type())
+		}
+		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+			c.Close()
+			return nil, fmt.Errorf("socket %s: another process answers on it", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	if err := os.Chmod(path, mode); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func closeAll(all map[string]net.Listener) {
+	for _, l := range all {
+		l.Close()
+	}
+}
+
+// lockServe keeps a second agent out of the runtime directory. The lock ends with
+// the process.
+func lockServe(dir runtimeDir) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir.log(), "serve.lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("another agent serves from %s already", dir)
+	}
+	return f, nil
+}
+
+func sortedNames(all map[string]net.Listener) string {
+	names := make([]string, 0, len(all))
+	for _, l := range all {
+		names = append(names, l.Addr().String())
+	}
+	slices.Sort(names)
+	return strings.Join(names, " ")
+}

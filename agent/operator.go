@@ -1,0 +1,180 @@
+package main
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"tdx-agent/agent/guestapi"
+	"tdx-agent/measure"
+)
+
+// Schemas of the operators' API. They only ever grow.
+const (
+	logSchema  = "tdx-agent/log/v1"
+	emitSchema = "tdx-agent/emit/v1"
+)
+
+// logDocument is the whole event log with what it replays to.
+type logDocument struct {
+	Schema    string           `json:"schema"`
+	Simulated bool             `json:"simulated"`
+	Boot      json.RawMessage  `json:"boot"`    // dstack's JSON form, RTMR0 to RTMR2
+	Events    json.RawMessage  `json:"events"`  // the same form, RTMR3
+	Records   []measure.Record `json:"records"` // RTMR3 with the register before and after
+	Replayed  [4]string        `json:"replayed"`
+	Registers [4]string        `json:"registers"` // as read; "" where not readable
+	Problem   string           `json:"problem,omitempty"`
+}
+
+// operatorHandler serves agent.sock: facts only, none of which costs a quote.
+func (d *daemon) operatorHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+		reply(w, http.StatusOK, d.status(r.Context()))
+	})
+	mux.HandleFunc("GET /v1/log", func(w http.ResponseWriter, r *http.Request) {
+		doc, err := d.logDocument(r)
+		if err != nil {
+			replyError(w, err)
+			return
+		}
+		reply(w, http.StatusOK, doc)
+	})
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) {
+		if err := d.alive(r.Context()); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	mux.HandleFunc("GET /readyz", d.serveReady)
+	return mux
+}
+
+func (d *daemon) serveReady(w http.ResponseWriter, r *http.Request) {
+	s := d.status(r.Context())
+	if !s.Ready {
+		http.Error(w, strings.Join(s.NotReady, "\n"), http.StatusServiceUnavailable)
+		return
+	}
+	fmt.Fprintln(w, "ok")
+	if r.URL.Query().Has("verbose") {
+		fmt.Fprintf(w, "log %s\nquotes %d ok, last %s\n", s.Log.Verdict, s.Quotes.OK, s.Quotes.LastSuccess.Format(time.RFC3339))
+	}
+}
+
+func (d *daemon) logDocument(r *http.Request) (*logDocument, error) {
+	s, err := d.ledger.Snapshot(r.Context())
+	doc := &logDocument{Schema: logSchema, Simulated: d.backend.simulated, Records: s.Records}
+	if doc.Records == nil {
+		doc.Records = []measure.Record{}
+	}
+	if err := d.report(err); err != nil {
+		return nil, err
+	}
+	if err != nil {
+		doc.Problem = err.Error()
+	}
+	boot, err := measure.Replay(d.backend.boot)
+	if err != nil {
+		return nil, fmt.Errorf("boot event log: %w", err)
+	}
+	boot[measure.RTMR3] = s.Log
+	regs, regErr := d.registers()
+	for i := range boot {
+		doc.Replayed[i] = boot[i].String()
+		if regErr == nil {
+			doc.Registers[i] = regs.RTMR[i].String()
+		}
+	}
+	if doc.Boot, err = measure.FormatEventLog(d.backend.boot, false); err != nil {
+		return nil, err
+	}
+	doc.Events, err = measure.FormatEventLog(s.Events(), false)
+	return doc, err
+}
+
+// emitRequest is an event from an operator.
+type emitRequest struct {
+	Event   string `json:"event"`
+	Payload string `json:"payload"` // hexadecimal
+	Key     string `json:"idempotency_key"`
+}
+
+// emitReply is the record that answers it.
+type emitReply struct {
+	Schema    string         `json:"schema"`
+	Simulated bool           `json:"simulated"`
+	Record    measure.Record `json:"record"`
+}
+
+// adminHandler serves admin.sock, which only root (or, simulated, the owner) can open.
+func (d *daemon) adminHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /v1/emit", func(w http.ResponseWriter, r *http.Request) {
+		record, err := d.adminEmit(r)
+		if err != nil {
+			replyError(w, err)
+			return
+		}
+		reply(w, http.StatusOK, emitReply{Schema: emitSchema, Simulated: d.backend.simulated, Record: record})
+	})
+	return mux
+}
+
+func (d *daemon) adminEmit(r *http.Request) (measure.Record, error) {
+	var req emitRequest
+	b, err := readLimited(r.Body, "request", 64<<10)
+	if err != nil {
+		return measure.Record{}, withExit(exitUsage, err)
+	}
+	if err := strictJSON(b, &req); err != nil {
+		return measure.Record{}, withExit(exitUsage, err)
+	}
+	payload, err := hex.DecodeString(req.Payload)
+	if err != nil {
+		return measure.Record{}, exitf(exitUsage, "payload: %v", err)
+	}
+	if len(req.Key) > 128 {
+		return measure.Record{}, exitf(exitUsage, "idempotency key has %d characters, want at most 128", len(req.Key))
+	}
+	if err := guestapi.CheckEvent(req.Event, payload); err != nil {
+		return measure.Record{}, withExit(exitDenied, err)
+	}
+	return d.emit(r.Context(), measure.Entry{Name: req.Event, Payload: payload, Key: req.Key, Caller: "admin"})
+}
+
+// strictJSON decodes exactly one document without unknown members.
+func strictJSON(b []byte, v any) error {
+	dec := json.NewDecoder(strings.NewReader(string(b)))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(v); err != nil {
+		return fmt.Errorf("request: %v", err)
+	}
+	if dec.More() {
+		return errors.New("request: more than one document")
+	}
+	return nil
+}
+
+func reply(w http.ResponseWriter, code int, v any) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		code, b = http.StatusInternalServerError, []byte(`{"error":"the answer could not be encoded"}`)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(b)+1))
+	w.WriteHeader(code)
+	w.Write(append(b, '\n'))
+}
+
+func replyError(w http.ResponseWriter, err error) {
+	w.Header().Set(guestapi.ExitHeader, strconv.Itoa(exitCode(err)))
+	reply(w, http.StatusBadRequest, map[string]string{"error": err.Error()})
+}

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"tdx-agent": main})
+}
+
+// TestScripts runs user sessions against the real program.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script",
+		Setup: func(env *testscript.Env) error {
+			// A Unix socket's path is short, a test's folder is not.
+			dir, err := os.MkdirTemp("", "tdx")
+			if err != nil {
+				return err
+			}
+			env.Defer(func() { os.RemoveAll(dir) })
+			env.Setenv("R", filepath.Join(dir, "r"))
+			env.Setenv("TMPDIR", dir)
+			env.Setenv("XDG_RUNTIME_DIR", "")
+			if root, err := filepath.Abs(".."); err == nil {
+				env.Setenv("SRC", root)
+			}
+			return nil
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt},
+	})
+}
+
+// scriptHTTP is what curl --unix-socket does: http [!] METHOD SOCKET PATH [BODY]. The
+// answer goes to the file "body"; with a leading !, the status must not be 200.
+func scriptHTTP(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) < 3 {
+		ts.Fatalf("usage: http METHOD SOCKET PATH [BODY]")
+	}
+	client := http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", args[1])
+	}}}
+	req, err := http.NewRequest(args[0], "http://localhost"+args[2], strings.NewReader(strings.Join(args[3:], " ")))
+	ts.Check(err)
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := client.Do(req)
+	ts.Check(err)
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs("body"), b, 0o600))
+	ts.Logf("%s %.2000s", resp.Status, b)
+	if (resp.StatusCode == http.StatusOK) == neg {
+		ts.Fatalf("status is %s", resp.Status)
+	}
+}
+
+// scriptCorrupt replaces the first occurrence of a string in a file by another of
+// the same length: corrupt FILE OLD NEW.
+func scriptCorrupt(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 3 || len(args[1]) != len(args[2]) {
+		ts.Fatalf("usage: corrupt FILE OLD NEW")
+	}
+	b, err := os.ReadFile(ts.MkAbs(args[0]))
+	ts.Check(err)
+	if !bytes.Contains(b, []byte(args[1])) {
+		ts.Fatalf("%s does not hold %q", args[0], args[1])
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), bytes.Replace(b, []byte(args[1]), []byte(args[2]), 1), 0o600))
+}

@@ -1,0 +1,213 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	sdnotify "github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sync/errgroup"
+
+	"tdx-agent/agent/guestapi"
+	"tdx-agent/agent/status"
+	"tdx-agent/measure"
+)
+
+// serveOptions are the flags of serve.
+type serveOptions struct {
+	config     string
+	runtimeDir string
+	hostShared string
+	simulate   bool
+	reboot     bool
+}
+
+// serve runs the agent until ctx ends.
+func serve(ctx context.Context, o serveOptions, stderr io.Writer) error {
+	cfg, err := loadConfig(o.config)
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(stderr, nil))
+	dir, err := serverRuntimeDir(o.runtimeDir, o.simulate)
+	if err != nil {
+		return err
+	}
+	lock, err := lockServe(dir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if o.reboot {
+		if err := rebootSimulated(dir); err != nil {
+			return err
+		}
+	}
+	b, err := openBackend(cfg, dir, o.simulate)
+	if err != nil {
+		return err
+	}
+	defer b.close()
+	ledger, err := openLedger(ctx, cfg, dir, b)
+	if err != nil {
+		return err
+	}
+	defer ledger.Close()
+	files, err := serveFiles(ctx, cfg, o, dir, ledger, log)
+	if err != nil {
+		return err
+	}
+	d, err := newDaemon(ctx, cfg, dir, b, ledger, files, log)
+	if err != nil {
+		return err
+	}
+	listeners, err := listenAll(cfg, dir, o.simulate || o.runtimeDir != "")
+	if err != nil {
+		return err
+	}
+	return d.run(ctx, listeners, stderr)
+}
+
+// serveFiles reads the application's files, and in a simulated TD takes the boot
+// step with them. On real machines the boot step is a service of its own, and an
+// agent without files still gives quotes.
+func serveFiles(ctx context.Context, cfg *Config, o serveOptions, dir runtimeDir, l *measure.Ledger, log *slog.Logger) (*measure.GuestFiles, error) {
+	files, err := readGuest(cfg, o.hostShared, o.simulate)
+	if err != nil {
+		if o.simulate {
+			return nil, err
+		}
+		log.Warn("serving without the application's files: Info will lack them", "error", err)
+		return nil, nil
+	}
+	if !o.simulate {
+		return files, nil
+	}
+	_, err = measureBoot(ctx, cfg, dir, l, files)
+	if errors.As(err, new(*measure.DivergenceError)) {
+		return files, nil // shown and refused where it matters; see OpenLedger
+	}
+	if errors.As(err, new(*measure.ConflictError)) {
+		return nil, fmt.Errorf("%w; serve --simulate --simulate-reboot starts a fresh boot", err)
+	}
+	return files, err
+}
+
+// run serves on the listeners until ctx ends or a server fails.
+func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, stderr io.Writer) error {
+	group, ctx := errgroup.WithContext(ctx)
+	app := guestapi.Grants{Read: true, Quote: true, RawReportData: d.cfg.Compat.RawReportData, Measure: d.cfg.Compat.FullAccess, Keys: d.cfg.Compat.FullAccess}
+	d.access = []status.Access{
+		{Socket: listeners[socketDstack].Addr().String(), Grants: grantNames(app)},
+		{Socket: listeners[socketTappd].Addr().String(), Grants: grantNames(app)},
+		{Socket: listeners[socketAgent].Addr().String(), Grants: []string{"status", "log"}},
+		{Socket: listeners[socketAdmin].Addr().String(), Grants: []string{"emit"}},
+	}
+	for name, surface := range map[string]guestapi.Surface{socketDstack: guestapi.Dstack, socketTappd: guestapi.Tappd} {
+		s := guestapi.NewServer(guestapi.Config{Surface: surface, Grants: app, Guest: d, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait})
+		d.start(ctx, group, s, listeners[name])
+	}
+	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])
+	d.start(ctx, group, newHTTPServer(d.adminHandler()), listeners[socketAdmin])
+	group.Go(func() error { d.background(ctx); return nil })
+	group.Go(func() error { d.watchdog(ctx); return nil })
+	d.announce(stderr, listeners)
+	err := group.Wait()
+	sdnotify.SdNotify(false, sdnotify.SdNotifyStopping)
+	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
+		return nil
+	}
+	return err
+}
+
+// server is an HTTP server of either kind.
+type server interface {
+	Serve(net.Listener) error
+	Shutdown(context.Context) error
+}
+
+// start serves on l and stops with ctx: whoever is in a request has a moment to
+// finish, but nobody waits for the host.
+func (d *daemon) start(ctx context.Context, group *errgroup.Group, s server, l net.Listener) {
+	group.Go(func() error {
+		if err := s.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("socket %s: %w", l.Addr(), err)
+		}
+		return nil
+	})
+	group.Go(func() error {
+		<-ctx.Done()
+		stop, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		s.Shutdown(stop) // what is still open ends with the process
+		return nil
+	})
+}
+
+func newHTTPServer(h http.Handler) *http.Server {
+	return &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
+}
+
+// announce says that the agent serves: to systemd, and to whoever started it. The
+// self check came before; a quote does not, since the host may be silent for 31 s.
+func (d *daemon) announce(stderr io.Writer, listeners map[string]net.Listener) {
+	sdnotify.SdNotify(false, sdnotify.SdNotifyReady+"\nSTATUS="+d.statusLine())
+	d.log.Info("serving", "version", version(), "simulated", d.backend.simulated, "quotes", d.backend.quoteSource, "registers", d.backend.registerSource,
+		"sockets", sortedNames(listeners), "loosened", d.cfg.switches())
+	if d.backend.simulated {
+		fmt.Fprintf(stderr, "\n*** SIMULATED TD: its quotes prove nothing ***\nTry:\n  curl --unix-socket %s 'http://localhost/GetQuote?report_data=1234'\n  tdx-agent status\n\n", listeners[socketDstack].Addr())
+	}
+}
+
+func (d *daemon) statusLine() string {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	s, err := d.ledger.Snapshot(ctx)
+	if err != nil {
+		return err.Error()
+	}
+	q := d.attester.Stats()
+	return fmt.Sprintf("RTMR3 ok seq=%d; quotes %d ok, %d failed", len(s.Records), q.OK, q.Failed)
+}
+
+// watchdog tells systemd that the log's lock and the quote queue still move. A slow
+// host does not count against the agent; a lock that nobody gives back does.
+func (d *daemon) watchdog(ctx context.Context) {
+	interval, err := sdnotify.SdWatchdogEnabled(false)
+	if err != nil || interval == 0 {
+		return
+	}
+	tick := time.NewTicker(max(interval/3, 100*time.Millisecond))
+	defer tick.Stop()
+	for {
+		if err := d.alive(ctx); err == nil {
+			sdnotify.SdNotify(false, sdnotify.SdNotifyWatchdog+"\nSTATUS="+d.statusLine())
+		} else if ctx.Err() == nil {
+			d.log.Error("watchdog", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func grantNames(g guestapi.Grants) []string {
+	var names []string
+	for _, n := range []struct {
+		on   bool
+		name string
+	}{{g.Read, "read"}, {g.Quote, "quote"}, {g.RawReportData, "raw report data"}, {g.Keys, "keys"}, {g.Measure, "events"}} {
+		if n.on {
+			names = append(names, n.name)
+		}
+	}
+	return names
+}

@@ -1,0 +1,101 @@
+package status
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+)
+
+// WriteText writes the one-screen form: facts first, words beside marks.
+func (s *Status) WriteText(w io.Writer) error {
+	b := &strings.Builder{}
+	if s.Simulated {
+		fmt.Fprintf(b, "*** SIMULATED TD: nothing below proves anything ***\n")
+	}
+	state := "ready"
+	if !s.Ready {
+		state = "NOT READY"
+	}
+	fmt.Fprintf(b, "tdx-agent %s  %s  since %s  backend quotes=%s registers=%s\n", s.Version, state,
+		s.Started.Format(time.RFC3339), s.Backend.Quotes, s.Backend.Registers)
+	s.writeIdentity(b)
+	fmt.Fprintf(b, "  %-6s %-9s %6s  %s\n", "REG", "LOG", "EVENTS", "VALUE")
+	for _, r := range s.Registers {
+		fmt.Fprintf(b, "  %-6s %-9s %6d  %s\n", r.Name, short(r.Verdict), r.Events, r.Value)
+		if r.Replayed != "" {
+			fmt.Fprintf(b, "  %-6s %-9s %6s  %s\n", "", "", "log:", r.Replayed)
+		}
+	}
+	s.writeLog(b)
+	q := s.Quotes
+	fmt.Fprintf(b, "  quotes  %d ok, %d failed, %d waiting", q.OK, q.Failed, q.Queued)
+	if !q.LastSuccess.IsZero() {
+		fmt.Fprintf(b, "; last %s took %d ms", q.LastSuccess.Format(time.RFC3339), q.LastMillis)
+	}
+	b.WriteByte('\n')
+	if q.LastError != "" {
+		fmt.Fprintf(b, "  last quote error: %s\n", q.LastError)
+	}
+	for _, a := range s.Access {
+		fmt.Fprintf(b, "  socket  %s gives %s\n", a.Socket, strings.Join(a.Grants, ", "))
+	}
+	s.writeProblems(b)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func short(verdict string) string {
+	switch verdict {
+	case Match:
+		return "match"
+	case Mismatch:
+		return "MISMATCH"
+	case Constant:
+		return "-"
+	}
+	return verdict
+}
+
+func (s *Status) writeIdentity(b *strings.Builder) {
+	id := s.Identity
+	if !id.Measured {
+		fmt.Fprintf(b, "  identity  NOT MEASURED: run tdx-agent measure\n")
+	}
+	for _, f := range []struct{ name, value string }{{"app", id.App}, {"app-id", id.AppID}, {"compose", id.ComposeHash},
+		{"instance", id.InstanceID}, {"key-provider", id.KeyProvider}, {"agent-key", id.AgentKey},
+		{"mr-aggregated", id.MRAggregated}, {"  at boot-mr-done", id.MRAggregatedBoot}} {
+		if f.value != "" {
+			fmt.Fprintf(b, "  %-16s %s\n", f.name, f.value)
+		}
+	}
+}
+
+func (s *Status) writeLog(b *strings.Builder) {
+	fmt.Fprintf(b, "  log     %d of at most %d events in RTMR3, replay: %s", s.Log.Events, s.Log.MaxEvents, short(s.Log.Verdict))
+	if s.Log.Last != "" {
+		fmt.Fprintf(b, "; last %s %s", s.Log.Last, s.Log.LastTime.Format(time.RFC3339))
+	}
+	b.WriteByte('\n')
+	if s.Log.Problem != "" {
+		fmt.Fprintf(b, "  PROBLEM %s\n", s.Log.Problem)
+	}
+}
+
+func (s *Status) writeProblems(b *strings.Builder) {
+	names := make([]string, 0, len(s.Loosened))
+	for name := range s.Loosened {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		fmt.Fprintf(b, "  LOOSENED %s = %v (measured as agent-config)\n", name, s.Loosened[name])
+	}
+	for _, n := range s.NotReady {
+		fmt.Fprintf(b, "  not ready: %s\n", n)
+	}
+	for _, n := range s.Notes {
+		fmt.Fprintf(b, "  note: %s\n", n)
+	}
+}

@@ -1,0 +1,108 @@
+package measure
+
+import (
+	"fmt"
+	"slices"
+)
+
+// maxAttestationSize is dstack's own bound.
+const maxAttestationSize = 10 << 20
+
+// The encodings of a versioned attestation.
+const (
+	AttestationV0 = 0 // SCALE
+	AttestationV1 = 1 // MessagePack; knows version 2 events
+)
+
+// Attestation is dstack's versioned attestation: Evidence in one blob, as Attest
+// answers with it and as certificates carry it. All of it is untrusted; that
+// ReportData is the quote's is for the verifier to check.
+type Attestation struct {
+	Version int // AttestationV0 or AttestationV1
+	Quote   []byte
+	Events  []Event // the whole log, or what a certificate keeps of it
+	// RuntimeEvents are the RTMR3 events, which stand in the blob a second time.
+	// They must replay to the quote's RTMR3; Events need not be complete.
+	RuntimeEvents []Event
+	ReportData    ReportData
+	VMConfig      string // "config" in the blob
+	Stack         string // "dstack" or "dstack-pod"; version 0 knows the first only
+	// Payload is what report data was made from (dstack-pod only), nil if absent.
+	Payload []byte
+}
+
+// PlatformError says that an attestation is of another platform than TDX.
+type PlatformError struct{ Platform string }
+
+func (e *PlatformError) Error() string {
+	return fmt.Sprintf("attestation is of platform %q, want tdx", e.Platform)
+}
+
+// NewAttestation returns the attestation that carries ev, in version 0 unless an
+// event needs version 1.
+func NewAttestation(ev *Evidence, rd ReportData) *Attestation {
+	a := &Attestation{Version: AttestationV0, Quote: ev.Quote, Events: ev.Events, ReportData: rd, VMConfig: ev.VMConfig, Stack: "dstack"}
+	for _, e := range ev.Events {
+		if !e.IsRuntime() {
+			continue
+		}
+		a.RuntimeEvents = append(a.RuntimeEvents, e)
+		if e.Version == EventV2 {
+			a.Version = AttestationV1
+		}
+	}
+	return a
+}
+
+// EncodeAttestation is the bytes of [NewAttestation].
+func EncodeAttestation(ev *Evidence, rd ReportData) ([]byte, error) {
+	return NewAttestation(ev, rd).Marshal()
+}
+
+// Evidence returns the attestation's content as Evidence.
+func (a *Attestation) Evidence() *Evidence {
+	return &Evidence{Quote: a.Quote, Events: a.Events, VMConfig: a.VMConfig}
+}
+
+// Marshal encodes the attestation in its version.
+func (a *Attestation) Marshal() ([]byte, error) {
+	switch a.Version {
+	case AttestationV0:
+		if a.Stack != "dstack" || a.Payload != nil {
+			return nil, fmt.Errorf("attestation version 0 cannot carry stack %q with a payload", a.Stack)
+		}
+		if slices.ContainsFunc(a.RuntimeEvents, func(e Event) bool { return e.Version == EventV2 }) {
+			return nil, fmt.Errorf("attestation version 0 cannot carry version 2 events")
+		}
+		return a.appendV0(nil), nil
+	case AttestationV1:
+		return a.marshalV1()
+	}
+	return nil, fmt.Errorf("attestation version is %d, want 0 or 1", a.Version)
+}
+
+// ParseAttestation parses either version, of at most 10 MiB, and demands that every
+// byte belongs to it. Runtime events' digests are computed where they are blank and
+// must be right where they are not. Another platform is a [*PlatformError].
+func ParseAttestation(b []byte) (*Attestation, error) {
+	if len(b) > maxAttestationSize {
+		return nil, fmt.Errorf("attestation has %d bytes, want at most %d", len(b), maxAttestationSize)
+	}
+	if len(b) == 0 {
+		return nil, fmt.Errorf("attestation is empty")
+	}
+	var a *Attestation
+	var err error
+	switch c := b[0]; {
+	case c == 0:
+		a, err = parseV0(b)
+	case c >= 0x80 && c <= 0x8f, c == 0xde, c == 0xdf: // a MessagePack map
+		a, err = parseV1(b)
+	default:
+		return nil, fmt.Errorf("attestation starts with %#x, want 0 (SCALE) or a MessagePack map", c)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attestation: %w", err)
+	}
+	return a, nil
+}

@@ -1,0 +1,144 @@
+package measure
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// AttesterConfig is what an Attester is made of. Every field but VMConfig and Boot
+// is required.
+type AttesterConfig struct {
+	Quoter Quoter
+	Ledger *Ledger
+	// Boot is the boot event log (RTMR0 to RTMR2), as parsed from the CCEL.
+	Boot []Event
+	// VMConfig is passed through in Evidence.
+	VMConfig string
+	// ServeDiverged gives quotes although the log does not explain RTMR3
+	// (on_foreign_extend = "serve"). Relying parties will refuse them.
+	ServeDiverged bool
+}
+
+// Attester makes Evidence of this TD.
+type Attester struct {
+	cfg   AttesterConfig
+	queue *quoteQueue
+
+	mu    sync.Mutex // guards what follows
+	last  *Quote     // the last quote made, for the registers in it
+	stats QuoteStats
+}
+
+// QuoteStats counts what the Attester has done.
+type QuoteStats struct {
+	OK          int       `json:"ok"`
+	Failed      int       `json:"failed"`
+	LastSuccess time.Time `json:"last_success,omitzero"`
+	LastError   string    `json:"last_error,omitempty"`
+	LastMillis  int64     `json:"last_ms"`
+	Queued      int       `json:"queued"`
+}
+
+// NewAttester returns an Attester; it makes no quote yet.
+func NewAttester(cfg AttesterConfig) *Attester {
+	return &Attester{cfg: cfg, queue: newQuoteQueue(cfg.Quoter)}
+}
+
+// Evidence makes a quote that carries rd, with the event log that explains it. The
+// log is the one of the moment at which the quote was made: an event that is
+// recorded meanwhile is in both or in neither. caller groups requests for a fair
+// queue. A [*DivergenceError] means that the log cannot explain RTMR3, a
+// [*BusyError] that too many wait.
+//
+// No lock is held while the host works: every record knows the register's value
+// after it, so the quote itself tells which prefix of the log belongs to it.
+func (a *Attester) Evidence(ctx context.Context, rd ReportData, caller string) (*Evidence, error) {
+	start := time.Now()
+	ev, quote, err := a.evidence(ctx, rd, caller)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err != nil {
+		a.stats.Failed++
+		a.stats.LastError = err.Error()
+		return nil, err
+	}
+	a.last = quote
+	a.stats.OK++
+	a.stats.LastSuccess = time.Now().UTC()
+	a.stats.LastMillis = time.Since(start).Milliseconds()
+	return ev, nil
+}
+
+func (a *Attester) evidence(ctx context.Context, rd ReportData, caller string) (*Evidence, *Quote, error) {
+	before, err := a.cfg.Ledger.Snapshot(ctx)
+	if err != nil && !a.serveAnyway(err) {
+		return nil, nil, err
+	}
+	raw, err := a.queue.quote(ctx, quoteKey{data: rd, rtmr3: before.Register}, caller)
+	if err != nil {
+		return nil, nil, fmt.Errorf("quote: %w", err)
+	}
+	quote, err := ParseQuote(raw)
+	if err != nil {
+		return nil, nil, fmt.Errorf("the kernel's quote: %w", err)
+	}
+	events, err := a.explain(ctx, before, quote.Body.RTMR[RTMR3])
+	if err != nil {
+		return nil, nil, err
+	}
+	log := make([]Event, 0, len(a.cfg.Boot)+len(events))
+	log = append(append(log, a.cfg.Boot...), events...)
+	return &Evidence{Quote: raw, Events: log, VMConfig: a.cfg.VMConfig}, quote, nil
+}
+
+// explain returns the events behind the quote's RTMR3.
+func (a *Attester) explain(ctx context.Context, before Snapshot, rtmr3 Digest) ([]Event, error) {
+	if events, ok := before.At(rtmr3); ok {
+		return events, nil
+	}
+	after, err := a.cfg.Ledger.Snapshot(ctx)
+	if err == nil {
+		if events, ok := after.At(rtmr3); ok {
+			return events, nil
+		}
+		err = &DivergenceError{Log: after.Log, Register: rtmr3}
+	}
+	if a.serveAnyway(err) {
+		return after.Events(), nil
+	}
+	return nil, err
+}
+
+func (a *Attester) serveAnyway(err error) bool {
+	_, diverged := err.(*DivergenceError)
+	return diverged && a.cfg.ServeDiverged
+}
+
+// LastQuote returns the last quote made, or nil before the first. Its registers are
+// of that time.
+func (a *Attester) LastQuote() *Quote {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.last
+}
+
+// Stats returns the counters.
+func (a *Attester) Stats() QuoteStats {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := a.stats
+	s.Queued = a.queue.depth()
+	return s
+}
+
+// Running is how long the quote in flight has been running; 0 when there is none.
+func (a *Attester) Running() time.Duration {
+	a.queue.mu.Lock()
+	defer a.queue.mu.Unlock()
+	if a.queue.since.IsZero() {
+		return 0
+	}
+	return time.Since(a.queue.since)
+}

@@ -1,0 +1,238 @@
+package measure
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	logName    = "rtmr3.log"
+	lockName   = "rtmr3.lock"
+	maxLogFile = 16 << 20 // a log at its bounds is under 1 MiB
+)
+
+// logStore is the file the log is kept in: the edge at which tests tear and fail
+// writes.
+type logStore interface {
+	size() (int64, error)
+	read() ([]byte, error)
+	writeAt(b []byte, off int64) (int, error) // one write(2)
+	truncate(size int64) error
+	setAside() error // keeps the content under another name and starts empty
+	close() error
+}
+
+// logFile needs no fsync: it must outlive the process, not the machine, whose
+// registers are gone with it.
+type logFile struct {
+	dir string
+	f   *os.File
+}
+
+func openLogFile(dir string) (*logFile, error) {
+	s := &logFile{dir: dir}
+	return s, s.open()
+}
+
+func (s *logFile) open() error {
+	f, err := os.OpenFile(filepath.Join(s.dir, logName), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	if err != nil {
+		return err
+	}
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		f.Close()
+		return errors.Join(err, fmt.Errorf("%s is not a regular file", f.Name()))
+	}
+	s.f = f
+	return nil
+}
+
+// size also notices that another process has set the file aside.
+func (s *logFile) size() (int64, error) {
+	st, err := os.Stat(filepath.Join(s.dir, logName))
+	if err != nil {
+		return 0, err
+	}
+	mine, err := s.f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if !os.SameFile(st, mine) {
+		s.f.Close()
+		if err := s.open(); err != nil {
+			return 0, err
+		}
+		return -st.Size() - 1, nil // never equal to what the caller remembers
+	}
+	return st.Size(), nil
+}
+
+func (s *logFile) read() ([]byte, error) {
+	b, err := io.ReadAll(io.NewSectionReader(s.f, 0, maxLogFile+1))
+	if err == nil && len(b) > maxLogFile {
+		err = fmt.Errorf("%s is larger than %d bytes", s.f.Name(), maxLogFile)
+	}
+	return b, err
+}
+
+func (s *logFile) writeAt(b []byte, off int64) (int, error) {
+	return unix.Pwrite(int(s.f.Fd()), b, off)
+}
+func (s *logFile) truncate(size int64) error { return s.f.Truncate(size) }
+func (s *logFile) close() error              { return s.f.Close() }
+
+func (s *logFile) setAside() error {
+	path := filepath.Join(s.dir, logName)
+	if err := os.Rename(path, path+".old"); err != nil {
+		return err
+	}
+	s.f.Close()
+	return s.open()
+}
+
+// fileLock is the lock between processes: our own, and dstack's where it exists.
+type fileLock struct {
+	paths [2]string
+	files [2]*os.File // opened when first needed, kept
+}
+
+func newFileLock(dir, dstack string) *fileLock {
+	return &fileLock{paths: [2]string{filepath.Join(dir, lockName), dstack}}
+}
+
+// acquire takes both locks, or fails when ctx ends or lockWait has passed.
+func (l *fileLock) acquire(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, lockWait)
+	defer cancel()
+	for i, path := range l.paths {
+		if path == "" {
+			continue
+		}
+		if err := l.take(ctx, i, path); err != nil {
+			l.release()
+			return fmt.Errorf("lock the RTMR3 log (%s): %w", path, err)
+		}
+	}
+	return nil
+}
+
+func (l *fileLock) take(ctx context.Context, i int, path string) error {
+	if l.files[i] == nil {
+		flags := os.O_RDWR | unix.O_NOFOLLOW | unix.O_NONBLOCK
+		if i == 0 {
+			flags |= os.O_CREATE
+		}
+		f, err := os.OpenFile(path, flags, 0o600)
+		if i > 0 && errors.Is(err, os.ErrNotExist) {
+			return nil // no dstack beside us
+		}
+		if err != nil {
+			return err
+		}
+		l.files[i] = f
+	}
+	for {
+		err := unix.Flock(int(l.files[i].Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil || (err != unix.EWOULDBLOCK && err != unix.EINTR) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("another process holds it: %w", ctx.Err())
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
+
+func (l *fileLock) release() {
+	for _, f := range l.files {
+		if f != nil {
+			unix.Flock(int(f.Fd()), unix.LOCK_UN)
+		}
+	}
+}
+
+func (l *fileLock) close() {
+	for _, f := range l.files {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// refresh reads the file if its size says that another process has changed it, or
+// if told to.
+func (l *Ledger) refresh(force bool) error {
+	size, err := l.store.size()
+	if err != nil {
+		return err
+	}
+	if size == l.size && l.damage == nil && !force {
+		return nil
+	}
+	b, err := l.store.read()
+	if err != nil {
+		return err
+	}
+	records, good, damage := parseRecords(b)
+	l.records, l.size, l.damage, l.bytes = records, int64(good), damage, 0
+	for i := range records {
+		l.bytes += eventSize(records[i].event())
+	}
+	if damage == nil && good < len(b) {
+		// An extend only ever follows a whole record, so a torn one never happened.
+		return l.store.truncate(int64(good))
+	}
+	return nil
+}
+
+// append writes r in one write. On any failure the file is what it was, or has a
+// torn end that the next refresh drops.
+func (l *Ledger) append(r Record) error {
+	b, err := r.line()
+	if err != nil {
+		return err
+	}
+	n, err := l.store.writeAt(b, l.size)
+	if err == nil && n < len(b) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		return errors.Join(err, l.store.truncate(l.size))
+	}
+	l.size += int64(len(b))
+	l.bytes += eventSize(r.event())
+	r.end = l.size
+	l.records = append(l.records, r)
+	return nil
+}
+
+// takeBack removes the last record: an intent that was never extended.
+func (l *Ledger) takeBack() error {
+	n := len(l.records) - 1
+	var size int64
+	if n > 0 {
+		size = l.records[n-1].end
+	}
+	if err := l.store.truncate(size); err != nil {
+		return fmt.Errorf("take back event %q, which was not extended: %w", l.records[n].Name, err)
+	}
+	l.bytes -= eventSize(l.records[n].event())
+	l.records, l.size = l.records[:n:n], size
+	return nil
+}
+
+func (l *Ledger) setAside() error {
+	if err := l.store.setAside(); err != nil {
+		return fmt.Errorf("set aside the log of an earlier boot: %w", err)
+	}
+	l.records, l.size, l.bytes, l.damage = nil, 0, 0, nil
+	return nil
+}
