@@ -50,11 +50,11 @@ func (td *TD) Collateral() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	tcbInfo, tcbInfoSignature, err := signDocument(p.pki.signerKey, p.tcbInfo(c.TCBInfo.or(today, 30)))
+	tcbInfo, tcbInfoSignature, err := signDocument(p.pki.signerKey, p.tcbInfo(c.TCBInfo.or(today, 30)), c.EditTCBInfo)
 	if err != nil {
 		return nil, err
 	}
-	identity, identitySignature, err := signDocument(p.pki.signerKey, p.qeIdentity(c.QEIdentity.or(today, 30)))
+	identity, identitySignature, err := signDocument(p.pki.signerKey, p.qeIdentity(c.QEIdentity.or(today, 30)), c.EditQEIdentity)
 	if err != nil {
 		return nil, err
 	}
@@ -73,11 +73,15 @@ func (td *TD) Collateral() ([]byte, error) {
 	})
 }
 
-// signDocument returns the JSON of a document and its signature in hexadecimal.
-func signDocument(key *ecdsa.PrivateKey, document any) (text, signature string, err error) {
+// signDocument returns the JSON of a document, changed by edit unless that is nil,
+// and its signature in hexadecimal.
+func signDocument(key *ecdsa.PrivateKey, document any, edit func(string) string) (text, signature string, err error) {
 	b, err := json.Marshal(document)
 	if err != nil {
 		return "", "", fmt.Errorf("tdxsim: %v", err)
+	}
+	if edit != nil {
+		b = []byte(edit(string(b)))
 	}
 	s, err := signRaw(key, b, true)
 	if err != nil {

@@ -8,8 +8,8 @@ import (
 )
 
 // Config says which TD [New] makes. The zero value is the TD that [Open] makes: an
-// up-to-date TDX 1.5 platform with version 4 quotes. All of it but Now is kept in
-// the folder, so that a later Open meets the same TD.
+// up-to-date TDX 1.5 platform with version 4 quotes. What describes the machine is
+// kept in the folder, so that a later Open meets the same TD.
 type Config struct {
 	// Seed fixes the keys, serial numbers and platform values: two TDs of equal
 	// seed and Now have the same certificates, so the collateral of one, with other
@@ -24,6 +24,9 @@ type Config struct {
 	Debug        bool // set the DEBUG attribute
 	// Attributes are the TD attributes without DEBUG. Zero: SEPT_VE_DISABLE alone.
 	Attributes uint64
+
+	SEAMAttributes uint64 // of the TDX module
+	QEDebug        bool   // the quoting enclave is a debug enclave
 
 	// Measurements of the TD. Zero: values of the simulated image for MRTD and
 	// MRSEAM, zeros for the rest.
@@ -44,6 +47,11 @@ type Config struct {
 	// EvaluationNumber is tcbEvaluationDataNumber, QEEvaluationNumber that of the
 	// QE identity. Zero: 20, and as EvaluationNumber.
 	EvaluationNumber, QEEvaluationNumber int
+
+	// EditTCBInfo and EditQEIdentity change the text of a document before it is
+	// signed, for documents that no honest issuer would sign. They hold for the TD
+	// that New returns, not for a later Open.
+	EditTCBInfo, EditQEIdentity func(string) string `json:"-"`
 
 	Revoked       bool // the PCK certificate is in the PCK CRL
 	RevokedCA     bool // the platform CA is in the root CRL

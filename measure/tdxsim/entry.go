@@ -3,6 +3,7 @@ package tdxsim
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -51,7 +52,7 @@ func (e *entry) encode() []byte {
 
 func decodeEntry(b []byte) (*entry, error) {
 	if len(b) != headerSize || int(b[8]) > inblobMax {
-		return nil, errors.New("damaged entry")
+		return nil, fmt.Errorf("%w: damaged entry", syscall.EIO)
 	}
 	e := &entry{
 		generation: binary.LittleEndian.Uint64(b),
@@ -61,7 +62,7 @@ func decodeEntry(b []byte) (*entry, error) {
 		size:       binary.LittleEndian.Uint32(b[82:]),
 	}
 	if e.size > quoteMax {
-		return nil, errors.New("damaged entry")
+		return nil, fmt.Errorf("%w: damaged entry", syscall.EIO)
 	}
 	return e, nil
 }

@@ -156,19 +156,22 @@ func (td *TD) await(h *HostBehaviour) error {
 	if left == 0 {
 		left = pollCount
 	}
+	hold := h.Hold
+	if h.Silent {
+		hold = nil // which never comes
+	}
 	for ; td.inFlight(); left-- {
 		if left == 0 {
 			return syscall.EIO
 		}
-		tick := time.NewTimer(poll)
 		select {
-		case <-tick.C:
-		case <-h.Hold:
+		case <-time.After(poll):
+		case <-hold:
 		case <-td.interrupted:
-			tick.Stop()
+			return syscall.EINTR
+		case <-td.closed:
 			return syscall.EINTR
 		}
-		tick.Stop()
 	}
 	return nil
 }

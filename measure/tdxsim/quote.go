@@ -15,17 +15,15 @@ import (
 
 // Fixed values of a quote (Intel TDX DCAP Quoting Library API, A.3 and A.4).
 const (
-	keyTypeP256      = 2
-	teeTypeTDX       = 0x81
-	certificatePEM   = 5 // certification data: the PCK chain as PEM
-	certificateQE    = 6 // certification data: the QE report and what certifies it
-	bodySizeTD10     = 584
-	bodySizeTD15     = 648
-	qeProductID      = 2 // the TD quoting enclave
-	qeSVN            = 8
-	xfam             = 0x602e7 // of a current Xeon: x87 to AVX-512, PKRU, AMX
-	seamAttributes   = 0
-	offsetReportData = 520 // in the body
+	keyTypeP256    = 2
+	teeTypeTDX     = 0x81
+	certificatePEM = 5 // certification data: the PCK chain as PEM
+	certificateQE  = 6 // certification data: the QE report and what certifies it
+	bodySizeTD10   = 584
+	bodySizeTD15   = 648
+	qeProductID    = 2 // the TD quoting enclave
+	qeSVN          = 8
+	xfam           = 0x602e7 // of a current Xeon: x87 to AVX-512, PKRU, AMX
 )
 
 // qeVendor is Intel's QE vendor id, which every DCAP quote carries.
@@ -78,7 +76,7 @@ func (p *platform) appendBody(b []byte, regs *measure.Registers, rd measure.Repo
 	b = append(b, c.TEETCBSVN[:]...)
 	b = append(b, c.MRSEAM[:]...)
 	b = append(b, c.MRSignerSEAM[:]...)
-	b = binary.LittleEndian.AppendUint64(b, seamAttributes)
+	b = binary.LittleEndian.AppendUint64(b, c.SEAMAttributes)
 	b = binary.LittleEndian.AppendUint64(b, c.Attributes)
 	b = binary.LittleEndian.AppendUint64(b, xfam)
 	for _, d := range registerList(regs) {
@@ -104,7 +102,7 @@ func (p *platform) certification() ([]byte, error) {
 	for i := range auth {
 		auth[i] = byte(i)
 	}
-	report := qeReport(key, auth)
+	report := p.qeReport(key, auth)
 	signature, err := signRaw(p.pki.pckKey, report, true)
 	if err != nil {
 		return nil, fmt.Errorf("tdxsim: sign QE report: %v", err)
@@ -126,10 +124,13 @@ func appendCertification(b []byte, kind uint16, data []byte) []byte {
 
 // qeReport is the quoting enclave's SGX report body, which vouches for the
 // attestation key by its report data.
-func qeReport(key, auth []byte) []byte {
+func (p *platform) qeReport(key, auth []byte) []byte {
 	b := make([]byte, 384)
 	copy(b, sgxSVN[:])
 	copy(b[48:], qeAttributes[:])
+	if p.cfg.QEDebug {
+		b[48] |= 2
+	}
 	copy(b[64:], qeMeasurement[:])
 	copy(b[128:], qeSigner[:])
 	binary.LittleEndian.PutUint16(b[256:], qeProductID)

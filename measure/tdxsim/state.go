@@ -44,17 +44,27 @@ func (l *fileLock) acquire() (release func(), err error) {
 	}, nil
 }
 
+// flock goes through the descriptor's own guard, since Close may run meanwhile.
 func flock(f *os.File, how int) error {
-	for {
-		err := unix.Flock(int(f.Fd()), how)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return &fs.PathError{Op: "flock", Path: f.Name(), Err: err}
-		}
-		return nil
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
 	}
+	var result error
+	err = raw.Control(func(fd uintptr) {
+		for {
+			if result = unix.Flock(int(fd), how); result != unix.EINTR {
+				return
+			}
+		}
+	})
+	if err != nil {
+		return &fs.PathError{Op: "flock", Path: f.Name(), Err: fs.ErrClosed}
+	}
+	if result != nil {
+		return &fs.PathError{Op: "flock", Path: f.Name(), Err: result}
+	}
+	return nil
 }
 
 // The state file is the boot id (16 bytes), then the eight registers (48 bytes

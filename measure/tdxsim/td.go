@@ -30,6 +30,8 @@ type TD struct {
 	registers *fileLock // on the state file; never held while waiting for the host
 
 	interrupted chan struct{} // a signal for the reader, at most one pending
+	closing     sync.Once
+	closed      chan struct{}
 
 	hostMu  sync.Mutex // guards what follows
 	host    HostBehaviour
@@ -52,6 +54,10 @@ func New(dir string, cfg Config) (*TD, error) {
 }
 
 func open(dir string, cfg Config, fresh bool) (*TD, error) {
+	dir, err := filepath.Abs(dir) // the process may change its folder later
+	if err != nil {
+		return nil, fmt.Errorf("tdxsim: %w", err)
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("tdxsim: %w", err)
 	}
@@ -59,7 +65,8 @@ func open(dir string, cfg Config, fresh bool) (*TD, error) {
 	if err != nil {
 		return nil, err
 	}
-	td := &TD{dir: dir, now: cfg.Now, boot: bootEvents(), configfs: configfs, interrupted: make(chan struct{}, 1)}
+	td := &TD{dir: dir, now: cfg.Now, boot: bootEvents(), configfs: configfs,
+		interrupted: make(chan struct{}, 1), closed: make(chan struct{})}
 	if td.now == nil {
 		td.now = time.Now
 	}
@@ -221,7 +228,12 @@ func (td *TD) CCEL() []byte { return encodeCCEL(td.boot) }
 // RootPEM returns the certificate that this TD's quotes and collateral chain to.
 func (td *TD) RootPEM() []byte { return pemChain(td.platform.pki.root) }
 
-// Close closes the TD in this process. The machine stays as it is.
-func (td *TD) Close() error {
-	return errors.Join(td.configfs.file.Close(), td.registers.file.Close())
+// Close closes the TD in this process, which ends a call that waits for a quote
+// with EINTR. The machine stays as it is.
+func (td *TD) Close() (err error) {
+	td.closing.Do(func() {
+		close(td.closed)
+		err = errors.Join(td.configfs.file.Close(), td.registers.file.Close())
+	})
+	return err
 }
