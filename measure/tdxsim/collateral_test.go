@@ -203,3 +203,23 @@ func TestOtherProcessSameCollateral(t *testing.T) {
 		t.Errorf("quote version %d", q[0])
 	}
 }
+
+// TestDishonestIssuer signs what no honest issuer would, with good signatures.
+func TestDishonestIssuer(t *testing.T) {
+	td := newTD(t, tdxsim.Config{
+		EditTCBInfo:    func(s string) string { return strings.Replace(s, `"id":"TDX"`, `"id":"SGX"`, 1) },
+		EditQEIdentity: func(s string) string { return strings.Replace(s, `"isvprodid":2`, `"isvprodid":3`, 1) },
+		SEAMAttributes: 1, QEDebug: true,
+	})
+	c := readCollateral(t, td)
+	if !strings.Contains(c.raw["tcb_info"], `"id":"SGX"`) || !strings.Contains(c.raw["qe_identity"], `"isvprodid":3`) {
+		t.Error("the documents are not edited")
+	}
+	q := makeQuote(t, td, measure.ReportData{})
+	if body, _ := verifyQuote(t, td, q); body[112] != 1 {
+		t.Errorf("SEAM attributes %x", body[112:120])
+	}
+	if flags := q[636+134+48]; flags&2 == 0 {
+		t.Errorf("QE attributes %#x", flags)
+	}
+}
