@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -109,14 +110,18 @@ func (k *Kernel) findQuotes(p Paths) error {
 		k.note("quotes come from %s, because %s says so", entry, override)
 		return k.openReports(filepath.Dir(entry), filepath.Base(entry))
 	}
-	missing := fmt.Errorf("there is no %s", p.Reports)
+	missing, refused := fmt.Errorf("there is no %s", p.Reports), error(nil)
 	if isDir(p.Reports) {
 		err := k.openReports(p.Reports, p.Entry)
 		var unsupported *measure.UnsupportedError
-		if !errors.As(err, &unsupported) {
+		switch {
+		case errors.As(err, &unsupported):
+			missing = fmt.Errorf("%s has no quote provider: %w", p.Reports, unsupported.Err)
+		case errors.Is(err, fs.ErrPermission):
+			refused, missing = err, err // who may not make an entry is not told that there is no provider
+		default:
 			return err
 		}
-		missing = fmt.Errorf("%s has no quote provider: %w", p.Reports, unsupported.Err)
 	}
 	port, err := readAttestConf(p.AttestConf)
 	if err != nil {
@@ -125,6 +130,9 @@ func (k *Kernel) findQuotes(p Paths) error {
 	if port > 0 {
 		k.note("quotes come from the host's QGS at vsock port %d, because %v", port, missing)
 		return k.openQGS(p, port)
+	}
+	if refused != nil {
+		return refused
 	}
 	what := "make quotes"
 	if !exists(p.Device) && !isDir(p.Measurements) {
