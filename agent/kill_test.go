@@ -21,13 +21,13 @@ import (
 
 // agentProcess is the real program, serving a simulated TD.
 type agentProcess struct {
-	t      *testing.T
+	t      testing.TB
 	dir    runtimeDir
 	cmd    *exec.Cmd
 	stderr *strings.Builder
 }
 
-func startAgent(t *testing.T, dir runtimeDir, args ...string) *agentProcess {
+func startAgent(t testing.TB, dir runtimeDir, args ...string) *agentProcess {
 	t.Helper()
 	p := &agentProcess{t: t, dir: dir, stderr: &strings.Builder{}}
 	p.cmd = exec.Command("tdx-agent", append([]string{"serve", "--simulate", "--runtime-dir", string(dir)}, args...)...)

@@ -1,0 +1,158 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"tdx-agent/measure"
+)
+
+// benchDaemon is an agent on a simulated TD, in this process.
+func benchDaemon(b *testing.B) *daemon {
+	b.Helper()
+	base, err := os.MkdirTemp("", "tdx")
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { os.RemoveAll(base) })
+	ctx, cancel := context.WithCancel(context.Background())
+	cfg := newConfig()
+	dir, err := serverRuntimeDir(base, true)
+	check(b, err)
+	back, err := openBackend(cfg, dir, true)
+	check(b, err)
+	l, err := openLedger(ctx, cfg, dir, back)
+	check(b, err)
+	files := measure.SampleApp()
+	_, err = measureBoot(ctx, cfg, dir, l, files)
+	check(b, err)
+	d, err := newDaemon(ctx, cfg, dir, back, l, files, slog.New(slog.DiscardHandler))
+	check(b, err)
+	listeners, err := listenAll(cfg, dir, true)
+	check(b, err)
+	done := make(chan error, 1)
+	go func() { done <- d.run(ctx, listeners, io.Discard) }()
+	b.Cleanup(func() {
+		cancel()
+		check(b, <-done)
+		l.Close()
+		back.close()
+	})
+	return d
+}
+
+func check(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// keptClient keeps one connection to a socket, as an SDK does.
+func keptClient(socket string) *http.Client {
+	return &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}}
+}
+
+func post(b *testing.B, c *http.Client, path, body string) {
+	b.Helper()
+	resp, err := c.Post("http://localhost"+path, "application/json", strings.NewReader(body))
+	check(b, err)
+	_, err = io.Copy(io.Discard, resp.Body)
+	check(b, err)
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		b.Fatal(resp.Status)
+	}
+}
+
+// medians runs f b.N times and reports the median as a metric of its own.
+func medians(b *testing.B, f func(i int)) {
+	var took []time.Duration
+	for i := 0; b.Loop(); i++ {
+		start := time.Now()
+		f(i)
+		took = append(took, time.Since(start))
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
+}
+
+// BenchmarkGetQuote has the simulated kernel alone as its floor.
+func BenchmarkGetQuote(b *testing.B) {
+	d := benchDaemon(b)
+	b.Run("floor-kernel", func(b *testing.B) {
+		medians(b, func(i int) {
+			_, err := d.backend.quoter.Quote(b.Context(), measure.ReportData{byte(i), byte(i >> 8), byte(i >> 16)})
+			check(b, err)
+		})
+	})
+	c := keptClient(d.dir.path("dstack.sock"))
+	defer c.CloseIdleConnections()
+	b.Run("socket", func(b *testing.B) {
+		medians(b, func(i int) { post(b, c, "/GetQuote", fmt.Sprintf(`{"report_data":"%08x"}`, i)) })
+	})
+}
+
+// BenchmarkInfo answers from what is kept; its floor is an answer of the same server
+// with nothing in it.
+func BenchmarkInfo(b *testing.B) {
+	d := benchDaemon(b)
+	c := keptClient(d.dir.path("dstack.sock"))
+	defer c.CloseIdleConnections()
+	b.Run("floor-version", func(b *testing.B) { medians(b, func(int) { post(b, c, "/Version", "{}") }) })
+	b.Run("socket", func(b *testing.B) { medians(b, func(int) { post(b, c, "/Info", "{}") }) })
+}
+
+// BenchmarkReady starts the real program: how long until it serves, and how much
+// memory it holds after 10,000 requests.
+func BenchmarkReady(b *testing.B) {
+	base, err := os.MkdirTemp("", "tdx")
+	check(b, err)
+	defer os.RemoveAll(base)
+	dir := runtimeDir(base)
+	var took []time.Duration
+	for b.Loop() {
+		start := time.Now()
+		p := startAgent(b, dir)
+		p.answering()
+		took = append(took, time.Since(start))
+		p.kill()
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Milliseconds()), "p50-ms")
+	b.StopTimer()
+	p := startAgent(b, dir)
+	p.answering()
+	c := keptClient(dir.path("dstack.sock"))
+	for i := range 10000 {
+		post(b, c, []string{"/Info", "/GetQuote", "/Version", "/Attest"}[i%4], "{}")
+	}
+	b.ReportMetric(float64(residentKiB(b, p.cmd.Process.Pid))/1024, "RSS-MiB")
+	p.kill()
+}
+
+func residentKiB(b *testing.B, pid int) int {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	check(b, err)
+	for line := range strings.Lines(string(status)) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == "VmRSS:" {
+			n, err := strconv.Atoi(f[1])
+			check(b, err)
+			return n
+		}
+	}
+	b.Fatal("no VmRSS")
+	return 0
+}
