@@ -220,7 +220,7 @@ func TestQueueIsFairAndBounded(t *testing.T) {
 	for c := range 47 {
 		ask(fmt.Sprintf("%c", 'A'+c), 100)
 	}
-	if _, err := g.Evidence(t.Context(), measure.ReportData{}, "late"); !errors.As(err, &busy) {
+	if _, err := g.Evidence(t.Context(), measure.ReportData{77}, "late"); !errors.As(err, &busy) {
 		t.Errorf("the 65th request: got %v, want a BusyError", err)
 	}
 	close(release)
