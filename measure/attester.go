@@ -38,7 +38,8 @@ type QuoteStats struct {
 	LastSuccess time.Time `json:"last_success,omitzero"`
 	LastError   string    `json:"last_error,omitempty"`
 	LastMillis  int64     `json:"last_ms"`
-	Queued      int       `json:"queued"`
+	Queued      int       `json:"queued"`  // quotes that wait for their turn
+	Waiting     int       `json:"waiting"` // callers who wait for one
 }
 
 // NewAttester returns an Attester; it makes no quote yet.
@@ -129,7 +130,7 @@ func (a *Attester) Stats() QuoteStats {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := a.stats
-	s.Queued = a.queue.depth()
+	s.Queued, s.Waiting = a.queue.depth()
 	return s
 }
 

@@ -43,6 +43,7 @@ type quoteQueue struct {
 	callers []string               // those with waiting jobs, in the order of their turns
 	waiting map[string][]*quoteJob // by caller
 	queued  int
+	present int // callers who wait, for a queued quote or for the one in flight
 	running bool
 	took    time.Duration // the last quote
 	since   time.Time     // when the quote in flight began; zero when there is none
@@ -78,11 +79,14 @@ func (q *quoteQueue) quote(ctx context.Context, key quoteKey, caller string) ([]
 	}
 	select {
 	case <-job.done:
-		return job.quote, job.err
 	case <-ctx.Done():
-		q.leave(job)
-		return nil, ctx.Err()
+		err = ctx.Err()
 	}
+	q.leave(job)
+	if err != nil {
+		return nil, err
+	}
+	return job.quote, job.err
 }
 
 func (q *quoteQueue) join(key quoteKey, caller string) (*quoteJob, error) {
@@ -90,6 +94,7 @@ func (q *quoteQueue) join(key quoteKey, caller string) (*quoteJob, error) {
 	defer q.mu.Unlock()
 	if job := q.jobs[key]; job != nil && job.ctx.Err() == nil {
 		job.waiters++
+		q.present++
 		return job, nil
 	}
 	if q.queued >= maxQueued || len(q.waiting[caller]) >= maxQueuedPerCaller {
@@ -103,6 +108,7 @@ func (q *quoteQueue) join(key quoteKey, caller string) (*quoteJob, error) {
 	}
 	q.waiting[caller] = append(q.waiting[caller], job)
 	q.queued++
+	q.present++
 	if !q.running {
 		q.running = true
 		go q.work() // ends when nothing is waiting
@@ -110,10 +116,11 @@ func (q *quoteQueue) join(key quoteKey, caller string) (*quoteJob, error) {
 	return job, nil
 }
 
-// leave gives up on a job. The last to leave cancels it.
+// leave ends a caller's wait. The last to leave cancels the job, if it still runs.
 func (q *quoteQueue) leave(job *quoteJob) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.present--
 	if job.waiters--; job.waiters > 0 {
 		return
 	}
@@ -169,13 +176,12 @@ func (q *quoteQueue) work() {
 		q.forget(job)
 		q.mu.Unlock()
 		close(job.done)
-		job.cancel()
 	}
 }
 
-// depth is how many quotes wait.
-func (q *quoteQueue) depth() int {
+// depth is how many quotes are queued, and how many callers wait.
+func (q *quoteQueue) depth() (queued, waiting int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.queued
+	return q.queued, q.present
 }

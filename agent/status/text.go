@@ -30,7 +30,7 @@ func (s *Status) WriteText(w io.Writer) error {
 	}
 	s.writeLog(b)
 	q := s.Quotes
-	fmt.Fprintf(b, "  quotes  %d ok, %d failed, %d waiting", q.OK, q.Failed, q.Queued)
+	fmt.Fprintf(b, "  quotes  %d ok, %d failed, %d callers waiting", q.OK, q.Failed, q.Waiting)
 	if !q.LastSuccess.IsZero() {
 		fmt.Fprintf(b, "; last %s took %d ms", q.LastSuccess.Format(time.RFC3339), q.LastMillis)
 	}
