@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -154,26 +155,47 @@ func replayFile(cmd *cobra.Command, path string) error {
 	if err != nil {
 		return err
 	}
-	var answer struct {
-		Quote    string `json:"quote"`
-		EventLog string `json:"event_log"`
-	}
-	if err := json.Unmarshal(b, &answer); err != nil {
-		return exitf(exitEvidence, "%s: %v; want an answer of GetQuote", path, err)
-	}
-	raw, err := hex.DecodeString(strings.TrimPrefix(answer.Quote, "0x"))
-	if err != nil {
-		return exitf(exitEvidence, "%s: quote: %v", path, err)
-	}
-	quote, err := measure.ParseQuote(raw)
-	if err != nil {
-		return withExit(exitEvidence, fmt.Errorf("%s: %w", path, err))
-	}
-	events, err := measure.ParseEventLog([]byte(answer.EventLog))
+	quote, events, err := parsePair(b)
 	if err != nil {
 		return withExit(exitEvidence, fmt.Errorf("%s: %w", path, err))
 	}
 	return replayAgainst(cmd, events, quote.Body.RTMR, false, exitEvidence)
+}
+
+// parsePair finds quote and event log in an answer of GetQuote, or in a report of an
+// application that carries both under one of the names in use.
+func parsePair(b []byte) (*measure.Quote, []measure.Event, error) {
+	var doc map[string]json.RawMessage
+	if err := json.Unmarshal(b, &doc); err != nil {
+		return nil, nil, fmt.Errorf("%v; want an answer of GetQuote", err)
+	}
+	var text string
+	raw, log := either(doc, "quote", "intel_quote"), either(doc, "event_log", "eventLog")
+	if raw == nil || log == nil {
+		return nil, nil, errors.New("no quote or no event_log in it; want an answer of GetQuote")
+	}
+	if err := json.Unmarshal(raw, &text); err != nil {
+		return nil, nil, fmt.Errorf("quote: %v", err)
+	}
+	bin, err := hex.DecodeString(strings.TrimPrefix(text, "0x"))
+	if err != nil {
+		return nil, nil, fmt.Errorf("quote: %v", err)
+	}
+	quote, err := measure.ParseQuote(bin)
+	if err != nil {
+		return nil, nil, err
+	}
+	events, err := measure.ParseEventLog(log)
+	return quote, events, err
+}
+
+func either(doc map[string]json.RawMessage, names ...string) json.RawMessage {
+	for _, n := range names {
+		if v, ok := doc[n]; ok {
+			return v
+		}
+	}
+	return nil
 }
 
 func replayAgainst(cmd *cobra.Command, events []measure.Event, regs [4]measure.Digest, simulated bool, code int) error {

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"tdx-agent/measure/tsm"
 )
 
 func TestMain(m *testing.M) {
@@ -33,13 +36,33 @@ func TestScripts(t *testing.T) {
 			env.Setenv("R", filepath.Join(dir, "r"))
 			env.Setenv("TMPDIR", dir)
 			env.Setenv("XDG_RUNTIME_DIR", "")
-			if root, err := filepath.Abs(".."); err == nil {
-				env.Setenv("SRC", root)
-			}
+			env.Setenv("FIXTURES", fixtures())
 			return nil
+		},
+		Condition: func(cond string) (bool, error) {
+			switch cond {
+			case "tdx":
+				return tsm.Present(tsm.Paths{}), nil
+			case "fixtures":
+				_, err := os.Stat(fixtures())
+				return err == nil, nil
+			}
+			return false, fmt.Errorf("unknown condition %q", cond)
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt},
 	})
+}
+
+// fixtures is the folder of real evidence.
+func fixtures() string {
+	if dir := os.Getenv("TDX_AGENT_FIXTURES"); dir != "" {
+		return dir
+	}
+	dir, err := filepath.Abs("../../shared/fixtures")
+	if err != nil {
+		return ""
+	}
+	return dir
 }
 
 // scriptHTTP is what curl --unix-socket does: http [!] METHOD SOCKET PATH [BODY]. The

@@ -100,7 +100,7 @@ func (w *world) Extend(i int, d Digest) error {
 	return nil
 }
 
-func (w *world) open(t *testing.T, dir string) (*Ledger, error) {
+func (w *world) open(t testing.TB, dir string) (*Ledger, error) {
 	return newLedger(t.Context(), LedgerConfig{Dir: dir, Registers: w}, w)
 }
 
@@ -141,7 +141,7 @@ func (w *world) emit(l *Ledger, e Entry) (err error, crashed bool) {
 }
 
 // prepared is a log of two events.
-func prepared(t *testing.T, dir string) (*world, *Ledger) {
+func prepared(t testing.TB, dir string) (*world, *Ledger) {
 	w := &world{}
 	l, err := w.open(t, dir)
 	if err != nil {
