@@ -56,11 +56,12 @@ payload() {
 	mkdir -p "$1/usr/bin" "$1/usr/lib/systemd/system" "$1/usr/share/doc/tdx-agent"
 	cp -a "$here/agentpayload/." "$1/"
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$1/usr/bin/tdx-agent" ./agent || return
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$1/opt/simhost" ./packaging/testbed/simhost || return
 	cp systemd/*.service systemd/*.socket "$1/usr/lib/systemd/system/"
 	cp -r systemd/sysusers.d systemd/tmpfiles.d "$1/usr/lib/"
 	cp -r systemd/system-preset "$1/usr/lib/systemd/"
 	cp -r systemd/drop-ins "$1/usr/share/doc/tdx-agent/"
-	registers=$(go run ./packaging/testbed/tdstate "$1/etc/tdx-agent/ccel.root")
+	registers=$("$1/opt/simhost" state "$1/etc/tdx-agent/ccel.root")
 }
 mkdir "$T/payload"
 if payload "$T/payload"; then
