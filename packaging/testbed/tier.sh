@@ -67,6 +67,7 @@ mkdir "$T/payload"
 if payload "$T/payload"; then
 	export KTDX="init_mr=$registers"
 	machine "units on systemd of trixie" "$here/vmtest.sh" sys "$T/payload"
+	KTDX="report=0 sysfs_mr=0 extend_ioctl=1 $KTDX" machine "units in dstack OS 0.5" "$here/vmtest.sh" sys "$T/payload"
 	old=$VMWORK/root-bookworm.ext4
 	[ -f "$old" ] || { echo "-- root image of bookworm"; "$here/mkrootfs.sh" "$old" bookworm > "$T/rootfs.log" 2>&1 || tail -5 "$T/rootfs.log"; }
 	if [ -f "$old" ]; then ROOT=$old machine "units on systemd of bookworm" "$here/vmtest.sh" sys "$T/payload"
