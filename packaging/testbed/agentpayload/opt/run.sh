@@ -24,7 +24,7 @@ prop() { systemctl show "$1" -p "$2" --value; }
 as() { u=$1; shift; runuser -u "$u" -- "$@"; }
 inodes() { stat -c '%n %i %a %U:%G' $SOCKETS; }
 proc() { sed -n "s/^$1:[[:space:]]*//p" "/proc/$(prop $S MainPID)/status" | tr -s '\t ' ' '; }
-rtmr3() { od -An -tx1 $RTMR3 | tr -d ' \n'; }
+rtmr3() { od -An -v -tx1 $RTMR3 | tr -d ' \n'; }
 inside() { nsenter -t "$(prop $S MainPID)" -m -- "$@"; }
 # poll SECONDS COMMAND...: until it succeeds
 poll() { i=$(($1*10)); shift; while [ $i -gt 0 ]; do "$@" >/dev/null 2>&1 && return; sleep 0.1; i=$((i-1)); done; return 1; }
