@@ -91,6 +91,7 @@ func (m message) appendJSON(b []byte) []byte {
 	if len(m) == 0 {
 		return append(b, "null"...)
 	}
+	b = slices.Grow(b, m.sizeJSON())
 	for i := range m {
 		sep := byte(',')
 		if i == 0 {
@@ -111,13 +112,28 @@ func (m message) appendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
+// sizeJSON estimates the JSON form, so that it is allocated once. Text that is JSON
+// in itself grows by its quotation marks.
+func (m message) sizeJSON() int {
+	size := 2
+	for i := range m {
+		size += len(m[i].name) + 6
+		switch v := m[i].value.(type) {
+		case *[]byte:
+			size += 2 * len(*v)
+		case *string:
+			size += len(*v) + strings.Count(*v, `"`) + strings.Count(*v, "\n") + 16
+		}
+	}
+	return size
+}
+
 // appendQuoted appends s as a JSON string in ASCII. dstack's JavaScript SDK counts
 // UTF-16 units against Content-Length and hangs on anything else.
 //
 // Info and GetQuote carry tens of kilobytes of text that is JSON in itself, so most
 // of their time is spent here: what needs no escape is copied in runs.
 func appendQuoted(b []byte, s string) []byte {
-	b = slices.Grow(b, len(s)+len(s)/8+2)
 	b = append(b, '"')
 	for i := 0; i < len(s); {
 		run := i
