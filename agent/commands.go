@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -294,7 +295,9 @@ func newWait(g *globals) *cobra.Command {
 			if what != "ready" {
 				return exitf(exitUsage, "--for is %q, want ready", what)
 			}
-			return withAgent(cmd, g, timeout, func(ctx context.Context, dir runtimeDir) error { return waitReady(ctx, dir) })
+			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
+			defer cancel()
+			return waitReady(ctx, g)
 		},
 	}
 	cmd.Flags().StringVar(&what, "for", "ready", "what to wait for: ready (log consistent, one quote made)")
@@ -303,11 +306,14 @@ func newWait(g *globals) *cobra.Command {
 }
 
 // waitReady asks until the answer is yes. The agent may not have started yet, so
-// there is nothing to subscribe to.
-func waitReady(ctx context.Context, dir runtimeDir) error {
-	last := errorString("the agent did not answer")
+// there is nothing to subscribe to, and its folder is looked for each time.
+func waitReady(ctx context.Context, g *globals) error {
+	last := errors.New("the agent did not answer")
 	for {
-		_, err := call(ctx, dir.agentSocket(), http.MethodGet, "/readyz", nil)
+		dir, err := clientRuntimeDir(g.runtimeDir)
+		if err == nil {
+			_, err = call(ctx, dir.agentSocket(), http.MethodGet, "/readyz", nil)
+		}
 		if err == nil {
 			return nil
 		}
@@ -321,8 +327,6 @@ func waitReady(ctx context.Context, dir runtimeDir) error {
 		}
 	}
 }
-
-func errorString(s string) error { return fmt.Errorf("%s", s) }
 
 func newConfigCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{Use: "config", Short: "Check or show the configuration", Args: cobra.NoArgs, RunE: needsSubcommand}

@@ -36,6 +36,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("R", filepath.Join(dir, "r"))
 			env.Setenv("TMPDIR", dir)
 			env.Setenv("XDG_RUNTIME_DIR", "")
+			env.Setenv("SIMDIR", filepath.Base(string(simulatedDir())))
 			env.Setenv("FIXTURES", fixtures())
 			return nil
 		},

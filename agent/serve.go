@@ -161,7 +161,11 @@ func (d *daemon) announce(stderr io.Writer, listeners map[string]net.Listener) {
 	d.log.Info("serving", "version", version(), "simulated", d.backend.simulated, "quotes", d.backend.quoteSource, "registers", d.backend.registerSource,
 		"sockets", sortedNames(listeners), "loosened", d.cfg.switches())
 	if d.backend.simulated {
-		fmt.Fprintf(stderr, "\n*** SIMULATED TD: its quotes prove nothing ***\nTry:\n  curl --unix-socket %s 'http://localhost/GetQuote?report_data=1234'\n  tdx-agent status\n\n", listeners[socketDstack].Addr())
+		where := ""
+		if d.dir != simulatedDir() {
+			where = " --runtime-dir " + string(d.dir)
+		}
+		fmt.Fprintf(stderr, "\n*** SIMULATED TD: its quotes prove nothing ***\nTry:\n  curl --unix-socket %s 'http://localhost/GetQuote?report_data=1234'\n  tdx-agent status%s\n\n", listeners[socketDstack].Addr(), where)
 	}
 }
 
