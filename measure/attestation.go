@@ -1,12 +1,24 @@
 package measure
 
 import (
+	"errors"
 	"fmt"
 	"slices"
+	"unicode/utf8"
 )
 
-// maxAttestationSize is dstack's own bound.
-const maxAttestationSize = 10 << 20
+// maxAttestationSize is dstack's own bound. An event can be as short as three bytes
+// in the blob and is a hundred in memory, so each list is bounded as a log is.
+const (
+	maxAttestationSize   = 10 << 20
+	maxAttestationEvents = maxEventLogEvents
+)
+
+// The stacks of dstack that attestations come from.
+const (
+	stackDstack = "dstack"
+	stackPod    = "dstack-pod"
+)
 
 // The encodings of a versioned attestation.
 const (
@@ -27,8 +39,29 @@ type Attestation struct {
 	ReportData    ReportData
 	VMConfig      string // "config" in the blob
 	Stack         string // "dstack" or "dstack-pod"; version 0 knows the first only
-	// Payload is what report data was made from (dstack-pod only), nil if absent.
+	// Payload is the text that report data was made from: not nil for dstack-pod, nil
+	// otherwise. That it gives ReportData is for the verifier to check.
 	Payload []byte
+}
+
+// check demands what both directions do: lists within bounds, text that is UTF-8, and
+// a payload for dstack-pod alone.
+func (a *Attestation) check() error {
+	if n := max(len(a.Events), len(a.RuntimeEvents)); n > maxAttestationEvents {
+		return fmt.Errorf("%d events, want at most %d", n, maxAttestationEvents)
+	}
+	if !utf8.ValidString(a.VMConfig) || !utf8.Valid(a.Payload) {
+		return errors.New("config or report_data_payload is not UTF-8")
+	}
+	switch {
+	case a.Stack != stackDstack && a.Stack != stackPod:
+		return fmt.Errorf("stack is %q, want %s or %s", a.Stack, stackDstack, stackPod)
+	case a.Stack == stackDstack && a.Payload != nil:
+		return fmt.Errorf("stack %s has a report_data_payload, which is for %s", stackDstack, stackPod)
+	case a.Stack == stackPod && a.Payload == nil:
+		return fmt.Errorf("stack %s has no report_data_payload", stackPod)
+	}
+	return nil
 }
 
 // PlatformError says that an attestation is of another platform than TDX.
@@ -41,7 +74,7 @@ func (e *PlatformError) Error() string {
 // NewAttestation returns the attestation that carries ev, in version 0 unless an
 // event needs version 1.
 func NewAttestation(ev *Evidence, rd ReportData) *Attestation {
-	a := &Attestation{Version: AttestationV0, Quote: ev.Quote, Events: ev.Events, ReportData: rd, VMConfig: ev.VMConfig, Stack: "dstack"}
+	a := &Attestation{Version: AttestationV0, Quote: ev.Quote, Events: ev.Events, ReportData: rd, VMConfig: ev.VMConfig, Stack: stackDstack}
 	for _, e := range ev.Events {
 		if !e.IsRuntime() {
 			continue
@@ -64,14 +97,19 @@ func (a *Attestation) Evidence() *Evidence {
 	return &Evidence{Quote: a.Quote, Events: a.Events, VMConfig: a.VMConfig}
 }
 
-// Marshal encodes the attestation in its version.
+// Marshal encodes the attestation in its version. It is an error if a list has more
+// than 4096 events, or if the version cannot carry what the attestation holds.
 func (a *Attestation) Marshal() ([]byte, error) {
+	if err := a.check(); err != nil {
+		return nil, fmt.Errorf("attestation: %w", err)
+	}
 	switch a.Version {
 	case AttestationV0:
-		if a.Stack != "dstack" || a.Payload != nil {
-			return nil, fmt.Errorf("attestation version 0 cannot carry stack %q with a payload", a.Stack)
+		if a.Stack != stackDstack {
+			return nil, fmt.Errorf("attestation version 0 cannot carry stack %q", a.Stack)
 		}
-		if slices.ContainsFunc(a.RuntimeEvents, func(e Event) bool { return e.Version == EventV2 }) {
+		v2 := func(e Event) bool { return e.IsRuntime() && e.Version == EventV2 }
+		if slices.ContainsFunc(a.Events, v2) || slices.ContainsFunc(a.RuntimeEvents, v2) {
 			return nil, fmt.Errorf("attestation version 0 cannot carry version 2 events")
 		}
 		return a.appendV0(nil), nil
@@ -81,8 +119,8 @@ func (a *Attestation) Marshal() ([]byte, error) {
 	return nil, fmt.Errorf("attestation version is %d, want 0 or 1", a.Version)
 }
 
-// ParseAttestation parses either version, of at most 10 MiB, and demands that every
-// byte belongs to it. Runtime events' digests are computed where they are blank and
+// ParseAttestation parses either version, of at most 10 MiB and 4096 events in each
+// list, and demands that every byte belongs to it. Runtime events' digests are computed where they are blank and
 // must be right where they are not. Another platform is a [*PlatformError].
 func ParseAttestation(b []byte) (*Attestation, error) {
 	if len(b) > maxAttestationSize {
@@ -100,6 +138,9 @@ func ParseAttestation(b []byte) (*Attestation, error) {
 		a, err = parseV1(b)
 	default:
 		return nil, fmt.Errorf("attestation starts with %#x, want 0 (SCALE) or a MessagePack map", c)
+	}
+	if err == nil {
+		err = a.check()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("attestation: %w", err)

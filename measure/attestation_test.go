@@ -2,6 +2,7 @@ package measure_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"slices"
@@ -140,6 +141,16 @@ func TestAttestationIsRefused(t *testing.T) {
 		{"text for bytes", pack(func(m map[string]any) { platform(m)["data"].(map[string]any)["quote"] = "x" }), "quote"},
 		{"short report data", pack(func(m map[string]any) { stack(m)["report_data"] = []any{uint8(1)} }), "report_data"},
 		{"duplicate member", []byte{0x82, 0xa7, 'v', 'e', 'r', 's', 'i', 'o', 'n', 1, 0xa7, 'v', 'e', 'r', 's', 'i', 'o', 'n', 1}, "twice"},
+		{"config not UTF-8", pack(func(m map[string]any) { stack(m)["config"] = "\xff" }), "UTF-8"},
+		{"another stack", pack(func(m map[string]any) { m["stack"].(map[string]any)["kind"] = "x" }), "stack"},
+		{"payload without a pod", pack(func(m map[string]any) { stack(m)["report_data_payload"] = "x" }), "report_data_payload"},
+		{"payload that is no text", pack(func(m map[string]any) { stack(m)["report_data_payload"] = []byte("x") }), "report_data_payload"},
+		{"pod without a payload", pack(func(m map[string]any) { m["stack"].(map[string]any)["kind"] = "dstack-pod" }), "no report_data_payload"},
+		{"too many runtime events", manyRuntimeEvents(1 << 14), "at most 4096"},
+		{"too many runtime events in version 1", pack(func(m map[string]any) {
+			one := map[string]any{"event": "x", "payload": []byte{}}
+			stack(m)["runtime_events"] = slices.Repeat([]any{one}, 4097)
+		}), "at most 4096"},
 		{"map of 4 GiB", []byte{0xdf, 0xff, 0xff, 0xff, 0xff}, "bytes are left"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -151,6 +162,148 @@ func TestAttestationIsRefused(t *testing.T) {
 	var platformErr *measure.PlatformError
 	if _, err := measure.ParseAttestation(pack(func(m map[string]any) { platform(m)["kind"] = "snp" })); !errors.As(err, &platformErr) {
 		t.Errorf("got %v, want a PlatformError", err)
+	}
+}
+
+// manyRuntimeEvents is a version 0 attestation of nothing but n of the shortest events, 2^14 or more.
+func manyRuntimeEvents(n uint32) []byte {
+	b := binary.LittleEndian.AppendUint32([]byte{0, 0, 0, 0}, n<<2|2)
+	b = append(b, bytes.Repeat([]byte{4, 'x', 0}, int(n))...)
+	return append(b, make([]byte, 65)...)
+}
+
+// TestAttestationOfSmallEvents: what is refused for its count costs no memory first.
+func TestAttestationOfSmallEvents(t *testing.T) {
+	b := manyRuntimeEvents(3 << 20)
+	if got := allocated(func() {
+		if _, err := measure.ParseAttestation(b); err == nil {
+			t.Error("accepted")
+		}
+	}); got > uint64(len(b)) {
+		t.Errorf("%d bytes made the parser allocate %d", len(b), got)
+	}
+}
+
+// TestAttestationOfPod carries the text that report data was made from.
+func TestAttestationOfPod(t *testing.T) {
+	for _, payload := range []string{"", `{"hello":"wörld"}`} {
+		a := someAttestation(t, measure.AttestationV1)
+		a.Stack, a.Payload = "dstack-pod", []byte(payload)
+		b, err := a.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := measure.ParseAttestation(b)
+		if err != nil || got.Stack != a.Stack || got.Payload == nil || string(got.Payload) != payload {
+			t.Errorf("payload %q comes back as %+v (%v)", payload, got, err)
+		}
+	}
+}
+
+// TestAttestationIsNotWritten: nothing is written that would not be read.
+func TestAttestationIsNotWritten(t *testing.T) {
+	for _, tc := range []struct {
+		name, want string
+		edit       func(a *measure.Attestation)
+	}{
+		{"version 2", "want 0 or 1", func(a *measure.Attestation) { a.Version = 2 }},
+		{"version 2 event in version 0", "version 2 events", func(a *measure.Attestation) { a.Version = 0 }},
+		{"version 2 event in the log alone", "version 2 events", func(a *measure.Attestation) { a.Version, a.RuntimeEvents = 0, nil }},
+		{"pod in version 0", "cannot carry stack", func(a *measure.Attestation) {
+			*a = *someAttestation(t, 0)
+			a.Stack, a.Payload = "dstack-pod", []byte("x")
+		}},
+		{"no stack", "stack is", func(a *measure.Attestation) { a.Stack = "" }},
+		{"payload without a pod", "is for dstack-pod", func(a *measure.Attestation) { a.Payload = []byte("x") }},
+		{"pod without a payload", "no report_data_payload", func(a *measure.Attestation) { a.Stack = "dstack-pod" }},
+		{"config not UTF-8", "UTF-8", func(a *measure.Attestation) { a.VMConfig = "\xff" }},
+		{"too many events", "at most 4096", func(a *measure.Attestation) { a.Events = make([]measure.Event, 4097) }},
+	} {
+		a := someAttestation(t, measure.AttestationV1)
+		tc.edit(a)
+		if b, err := a.Marshal(); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: got %d bytes and %v, want %q in the error", tc.name, len(b), err, tc.want)
+		}
+	}
+}
+
+// TestEncodeAttestation gives back the Evidence, in the version that its events need.
+func TestEncodeAttestation(t *testing.T) {
+	for _, version := range []int{measure.AttestationV0, measure.AttestationV1} {
+		want := someAttestation(t, version)
+		b, err := measure.EncodeAttestation(want.Evidence(), want.ReportData)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := measure.ParseAttestation(b)
+		if err != nil || got.Version != version || got.ReportData != want.ReportData {
+			t.Fatalf("got %+v (%v), want version %d", got, err, version)
+		}
+		if diff := cmp.Diff(want.Evidence(), got.Evidence(), sameEvents); diff != "" {
+			t.Error(diff)
+		}
+	}
+}
+
+// TestRealAttestations reads the real SCALE envelopes and writes them back: byte for
+// byte, or where their digests are blank, with these filled.
+func TestRealAttestations(t *testing.T) {
+	seen := 0
+	for _, f := range fixtures(t) {
+		if f.Expect.RuntimeList == nil && f.Expect.Inner == nil {
+			continue
+		}
+		seen++
+		t.Run(f.ID, func(t *testing.T) { checkAttestation(t, &f) })
+	}
+	if seen != 2 {
+		t.Errorf("%d attestations, want 2", seen)
+	}
+}
+
+func checkAttestation(t *testing.T, f *fixture) {
+	a := f.attestation(t)
+	q, err := measure.ParseQuote(a.Quote)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rtmr, err := measure.Replay(a.RuntimeEvents)
+	if err != nil || rtmr[measure.RTMR3] != q.Body.RTMR[measure.RTMR3] || a.ReportData != q.Body.ReportData {
+		t.Errorf("runtime events replay to %s, report data %s (%v)", rtmr[measure.RTMR3], a.ReportData, err)
+	}
+	var names []string
+	for _, e := range a.RuntimeEvents {
+		names = append(names, e.Name)
+	}
+	if want := f.Expect.RuntimeList; want != nil && !slices.Equal(names, want) {
+		t.Errorf("runtime events are %q, want %q", names, want)
+	}
+	if inner := f.Expect.Inner; inner != nil {
+		if rtmr, err := measure.Replay(a.Events); err != nil || rtmr != q.Body.RTMR || len(a.Events) != inner.Events {
+			t.Errorf("%d events replay to %v (%v), want %d and the quote's", len(a.Events), rtmr, err, inner.Events)
+		}
+		if !bytes.Equal(a.Quote, f.quote(t)) {
+			t.Error("the quote inside is not the one beside it")
+		}
+	}
+	b, err := a.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := measure.ParseAttestation(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(a, again, sameEvents); diff != "" {
+		t.Errorf("written and read again:\n%s", diff)
+	}
+	raw, err := hex.DecodeString(text(t, member(t, f.raw, "attestation")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	blank := len(raw) + len(measure.Digest{})*len(a.RuntimeEvents)
+	if !bytes.Equal(b, raw) && len(b) != blank {
+		t.Errorf("%d bytes are written back as %d, want the same bytes or %d", len(raw), len(b), blank)
 	}
 }
 
@@ -178,6 +331,10 @@ func FuzzParseAttestation(f *testing.F) {
 		}
 		if diff := cmp.Diff(a, again, sameEvents); diff != "" {
 			t.Error(diff)
+		}
+		// Version 0 has one form. Only a digest that was blank makes it longer.
+		if a.Version == measure.AttestationV0 && (len(out) < len(b) || len(out) == len(b) && !bytes.Equal(out, b)) {
+			t.Errorf("%x is written back as %x", b, out)
 		}
 	})
 }

@@ -111,6 +111,16 @@ func (r *scaleReader) compact(unit int) int {
 	return n
 }
 
+// count reads how many events follow, each of at least unit bytes.
+func (r *scaleReader) count(unit int) int {
+	n := r.compact(unit)
+	if n > maxAttestationEvents {
+		r.fail(fmt.Errorf("%d events, want at most %d", n, maxAttestationEvents))
+		return 0
+	}
+	return n
+}
+
 func (r *scaleReader) bytes() []byte { return r.take(r.compact(1)) }
 
 func (r *scaleReader) text() string {
@@ -132,15 +142,15 @@ func parseV0(b []byte) (*Attestation, error) {
 	} else if p != 0 {
 		return nil, &PlatformError{scalePlatforms[p]}
 	}
-	a := &Attestation{Version: AttestationV0, Stack: "dstack"}
+	a := &Attestation{Version: AttestationV0, Stack: stackDstack}
 	a.Quote = r.bytes()
-	for range r.compact(11) { // the shortest event has 11 bytes
+	for range r.count(11) { // the shortest event has 11 bytes
 		a.Events = append(a.Events, r.event())
 		if r.err != nil {
 			return nil, fmt.Errorf("event %d: %w", len(a.Events)-1, r.err)
 		}
 	}
-	for range r.compact(2) {
+	for range r.count(2) {
 		e, err := NewRuntimeEvent(r.text(), r.bytes(), EventV1)
 		if err = errors.Join(r.err, err); err != nil {
 			return nil, fmt.Errorf("runtime event %d: %w", len(a.RuntimeEvents), err)

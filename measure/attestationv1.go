@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"unicode/utf8"
 
 	"github.com/vmihailenco/msgpack/v5"
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
@@ -213,9 +214,10 @@ func (r *packReader) text() string {
 	if !r.code(msgpcode.IsString, "text") {
 		return ""
 	}
-	n := r.length(r.dec.DecodeBytesLen, 1)
-	b := make([]byte, n)
-	r.full(b)
+	b := make([]byte, r.length(r.dec.DecodeBytesLen, 1))
+	if r.full(b); r.err == nil && !utf8.Valid(b) {
+		r.fail(errors.New("a text is not UTF-8"))
+	}
 	return string(b)
 }
 
@@ -257,24 +259,6 @@ func (r *packReader) integers() []byte {
 	return b
 }
 
-// anyBytes reads bytes in whichever of the three forms; no sample of
-// report_data_payload is known.
-func (r *packReader) anyBytes() []byte {
-	if r.err != nil {
-		return nil
-	}
-	switch c, err := r.dec.PeekCode(); {
-	case err != nil:
-		r.fail(err)
-		return nil
-	case msgpcode.IsString(c):
-		return []byte(r.text())
-	case msgpcode.IsBin(c):
-		return r.bin()
-	}
-	return r.integers()
-}
-
 func (r *packReader) platform(a *Attestation) {
 	r.object(map[string]func(){
 		"kind": func() {
@@ -294,9 +278,7 @@ func (r *packReader) platform(a *Attestation) {
 func (r *packReader) stack(a *Attestation) {
 	r.object(map[string]func(){
 		"kind": func() {
-			if a.Stack = r.text(); r.err == nil && a.Stack != "dstack" && a.Stack != "dstack-pod" {
-				r.fail(fmt.Errorf("%q, want dstack or dstack-pod", a.Stack))
-			}
+			a.Stack = r.text()
 		},
 		"data": func() {
 			r.object(map[string]func(){
@@ -309,14 +291,19 @@ func (r *packReader) stack(a *Attestation) {
 				},
 				"runtime_events":      func() { a.RuntimeEvents = r.events(r.runtimeEvent, 3) },
 				"config":              func() { a.VMConfig = r.text() },
-				"report_data_payload": func() { a.Payload = r.anyBytes() },
+				"report_data_payload": func() { a.Payload = []byte(r.text()) },
 			}, "report_data", "runtime_events", "config")
 		},
 	}, "kind", "data")
 }
 
 func (r *packReader) events(read func() Event, unit int) (events []Event) {
-	for i := range r.length(r.dec.DecodeArrayLen, unit) {
+	n := r.length(r.dec.DecodeArrayLen, unit)
+	if n > maxAttestationEvents {
+		r.fail(fmt.Errorf("%d events, want at most %d", n, maxAttestationEvents))
+		return nil
+	}
+	for i := range n {
 		e := read()
 		if r.err != nil {
 			r.err = fmt.Errorf("event %d: %w", i, r.err)

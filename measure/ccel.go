@@ -108,16 +108,13 @@ func (r *ccelReader) header() error {
 	return errors.New("the log does not use SHA-384")
 }
 
-// padding reports whether no event follows: the end, 0xff bytes, or only zeros.
+// padding reports whether no event follows: the end, register index 0xffffffff or
+// the part of it that the area has room for, or only zeros.
 func (r *ccelReader) padding() bool {
 	rest := r.b[r.at:]
-	if len(rest) == 0 {
-		return true
-	}
-	if len(rest) >= 4 && binary.LittleEndian.Uint32(rest) == 0xffffffff {
-		return true
-	}
-	return len(bytes.TrimLeft(rest, "\xff")) == 0 || len(bytes.TrimLeft(rest, "\x00")) == 0
+	end := []byte{0xff, 0xff, 0xff, 0xff}
+	n := min(len(rest), len(end))
+	return bytes.Equal(rest[:n], end[:n]) || len(bytes.TrimLeft(rest, "\x00")) == 0
 }
 
 // event reads one TCG_PCR_EVENT2. IMR is -1 for register index 0, which is not an RTMR.

@@ -58,6 +58,9 @@ func TestCCELIsRefused(t *testing.T) {
 		{"SHA-256 digest", func() []byte { b := bytes.Clone(log); b[first+12] = 0x0b; return b }(), "digest algorithm"},
 		{"event of 4 GiB", put32(first+12+50, 0xffffffff), "middle of it"},
 		{"oversize", make([]byte, 16<<20+1), "at most"},
+		{"bytes that are not UTF-8", append(bytes.Clone(log), bytes.Repeat([]byte{0x80, 0xfe, 0xc0}, 20)...), "register index"},
+		{"one byte more", append(bytes.Clone(log), 0xfe), "middle of it"},
+		{"too many events", append(bytes.Clone(log), bytes.Repeat(log[first:first+66+int(binary.LittleEndian.Uint32(log[first+62:]))], 4096)...), "more than 4096"},
 		{"zeros and then something", append(append(bytes.Clone(log), make([]byte, 40)...), 1), "want one"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

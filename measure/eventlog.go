@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"io"
 	"strings"
 	"unicode/utf16"
 	"unicode/utf8"
@@ -86,13 +87,16 @@ func appendASCII(b []byte, s string) []byte {
 //
 // A runtime event may lack its digest (dstack 0.5.6 and later blank it): then it is
 // computed. A digest or preimage that is there must follow from name and payload. A
-// boot event must have a digest. Duplicate members are refused, unknown ones ignored.
+// boot event must have a digest, and a preimage of it must hash to that. Duplicate members are refused, unknown ones ignored.
 // What is returned is consistent in itself, and not trusted.
 func ParseEventLog(b []byte) ([]Event, error) {
 	if len(b) > maxEventLogSize {
 		return nil, fmt.Errorf("event log has %d bytes, want at most %d", len(b), maxEventLogSize)
 	}
 	if b = bytes.TrimSpace(b); len(b) > 0 && b[0] == '"' {
+		if !utf8.Valid(b) { // json.Unmarshal would replace what is not
+			return nil, fmt.Errorf("event log is not valid UTF-8")
+		}
 		var inner string
 		if err := json.Unmarshal(b, &inner); err != nil {
 			return nil, fmt.Errorf("event log: %v", err)
@@ -102,19 +106,35 @@ func ParseEventLog(b []byte) ([]Event, error) {
 	if b = bytes.TrimSpace(b); len(b) == 0 || b[0] != '[' {
 		return nil, fmt.Errorf("event log: want a JSON array of events")
 	}
-	var list []json.RawMessage
-	if err := json.Unmarshal(b, &list); err != nil {
+	return parseEventArray(json.NewDecoder(bytes.NewReader(b)))
+}
+
+// parseEventArray reads one event at a time, so that a log of too many small values
+// is refused before memory is spent on each.
+func parseEventArray(dec *json.Decoder) ([]Event, error) {
+	if _, err := dec.Token(); err != nil { // the bracket
 		return nil, fmt.Errorf("event log: %v", err)
 	}
-	if len(list) > maxEventLogEvents {
-		return nil, fmt.Errorf("event log has %d events, want at most %d", len(list), maxEventLogEvents)
-	}
-	events := make([]Event, len(list))
-	for i, doc := range list {
-		var err error
-		if events[i], err = parseEventJSON(doc); err != nil {
-			return nil, fmt.Errorf("event %d: %w", i, err)
+	var events []Event
+	for dec.More() {
+		if len(events) == maxEventLogEvents {
+			return nil, fmt.Errorf("event log has more events than %d", maxEventLogEvents)
 		}
+		var doc json.RawMessage
+		if err := dec.Decode(&doc); err != nil {
+			return nil, fmt.Errorf("event log: %v", err)
+		}
+		e, err := parseEventJSON(doc)
+		if err != nil {
+			return nil, fmt.Errorf("event %d: %w", len(events), err)
+		}
+		events = append(events, e)
+	}
+	if _, err := dec.Token(); err != nil {
+		return nil, fmt.Errorf("event log: %v", err)
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return nil, fmt.Errorf("event log: something follows the array")
 	}
 	return events, nil
 }
@@ -174,7 +194,13 @@ func completeEvent(e Event, digest, preimage []byte) (Event, error) {
 			return Event{}, fmt.Errorf("digest of a boot event has %d bytes, want %d", len(digest), len(e.Digest))
 		}
 		e.Digest, e.Version = Digest(digest), 0
+		if sum := sha512.Sum384(preimage); len(preimage) > 0 && sum != e.Digest {
+			return Event{}, fmt.Errorf("preimage of a boot event hashes to %x, but its digest is %s", sum, e.Digest)
+		}
 		return e, nil
+	}
+	if e.Version < 0 {
+		return Event{}, fmt.Errorf("event %q: digest version %d, want %d or %d", e.Name, e.Version, EventV1, EventV2)
 	}
 	want, err := NewRuntimeEvent(e.Name, e.Payload, max(e.Version, EventV1))
 	if err != nil {

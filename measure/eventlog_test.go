@@ -3,6 +3,8 @@ package measure_test
 import (
 	"encoding/json"
 	"reflect"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -145,8 +147,8 @@ func TestEventLogIsRefused(t *testing.T) {
 	for _, tc := range []struct{ name, doc, want string }{
 		{"not an array", ready, "want a JSON array"},
 		{"empty", "", "want a JSON array"},
-		{"trailing data", "[" + ready + "]x", "invalid character"},
-		{"two arrays", "[" + ready + "][]", "invalid character"},
+		{"trailing data", "[" + ready + "]x", "follows the array"},
+		{"two arrays", "[" + ready + "][]", "follows the array"},
 		{"wrong digest", "[" + strings.Replace(ready, "1a76", "1a77", 1) + "]", "its name and payload give"},
 		{"renamed event", "[" + strings.Replace(ready, "system-ready", "system-rEady", 1) + "]", "its name and payload give"},
 		{"changed payload", "[" + strings.Replace(ready, `payload":""`, `payload":"00"`, 1) + "]", "its name and payload give"},
@@ -164,9 +166,15 @@ func TestEventLogIsRefused(t *testing.T) {
 		{"no hexadecimal", "[" + strings.Replace(ready, `payload":""`, `payload":"zz"`, 1) + "]", "event_payload"},
 		{"null", "[" + strings.Replace(ready, `payload":""`, `payload":null`, 1) + "]", "null"},
 		{"digest version 3", "[" + strings.Replace(ready, `{`, `{"version":3,`, 1) + "]", "version"},
+		{"digest version -5", "[" + strings.Replace(ready, `{`, `{"version":-5,`, 1) + "]", "version"},
+		{"boot event with a wrong preimage", `[{"imr":0,"event_type":4,"digest":"` + strings.Repeat("00", 48) + `","event":"","event_payload":"","preimage":"01"}]`, "preimage"},
+		{"cut", "[" + ready, "EOF"},
+		{"comma at the end", "[" + ready + ",]", "invalid character"},
+		{"no comma", "[" + ready + " " + ready + "]", "comma"},
+		{"not UTF-8 within a string", `"[` + "\xff" + `]"`, "UTF-8"},
 		{"not UTF-8", "[" + strings.Replace(ready, "system-ready", "\xff", 1) + "]", "UTF-8"},
 		{"deep", strings.Repeat("[", 100000), "exceeded max depth"},
-		{"too many events", "[" + strings.Repeat("0,", 4096) + "0]", "at most 4096"},
+		{"too many events", "[" + strings.Repeat(ready+",", 4096) + "0]", "more events than 4096"},
 		{"too long", `["` + strings.Repeat("x", 10<<20) + `"]`, "at most"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -174,6 +182,62 @@ func TestEventLogIsRefused(t *testing.T) {
 				t.Errorf("got %.200v, want %q in it", err, tc.want)
 			}
 		})
+	}
+}
+
+// TestEventLogOfSmallValues: what is refused for its count costs no memory first.
+func TestEventLogOfSmallValues(t *testing.T) {
+	log := []byte("[" + strings.Repeat(ready+",", 4096) + strings.Repeat("0,", 4<<20) + "0]")
+	if got := allocated(func() {
+		if _, err := measure.ParseEventLog(log); err == nil {
+			t.Error("accepted")
+		}
+	}); got > 4*uint64(len(log)) {
+		t.Errorf("%d bytes made the parser allocate %d", len(log), got)
+	}
+}
+
+// allocated is how many bytes f allocates, freed or not.
+func allocated(f func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
+}
+
+// TestEventLogBitFlips changes every bit of a runtime log. Whatever is still read and
+// replays to the same register holds the same runtime events.
+func TestEventLogBitFlips(t *testing.T) {
+	events := slices.DeleteFunc(someEvents(t), func(e measure.Event) bool { return !e.IsRuntime() })
+	want, err := measure.Replay(events)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, err := measure.FormatEventLog(events, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := 0
+	for bit := range 8 * len(log) {
+		log[bit/8] ^= 1 << (bit % 8)
+		got, err := measure.ParseEventLog(log)
+		rtmr, replayErr := measure.Replay(got)
+		switch {
+		case err != nil:
+			refused++
+		case replayErr != nil || rtmr != want:
+		default:
+			for i, e := range got {
+				if e.IsRuntime() && !cmp.Equal(e, events[i], sameEvents) {
+					t.Fatalf("bit %d: event %d became %+v and replays to the same register", bit, i, e)
+				}
+			}
+		}
+		log[bit/8] ^= 1 << (bit % 8)
+	}
+	if refused < 4*len(log) {
+		t.Errorf("only %d of %d flips are refused", refused, 8*len(log))
 	}
 }
 
