@@ -1,0 +1,53 @@
+package dcap
+
+import (
+	"crypto/sha256"
+	"slices"
+	"time"
+
+	"tdx-agent/measure"
+)
+
+// Report is what is known of a genuine quote.
+type Report struct {
+	// Quote is the quote, now genuine but for Trailing. Its slices are parts of the
+	// bytes that were verified: do not change them.
+	Quote         *measure.Quote
+	QuoteSHA256   [32]byte // without trailing bytes. No replay key: see the package
+	TrailingBytes int      // behind the quote, which no signature covers
+
+	PCK PCK
+	QE  QEReport
+
+	// The TCB levels of platform, TDX module and quoting enclave, and the merged
+	// one: status by Intel's convergence, the earliest date, every advisory once.
+	Platform, Module, QEStatus, Merged TCB
+	NewestTCBDate                      time.Time  // tcbDate of the newest platform level
+	ShortSVNs                          []ShortSVN // what is below the newest levels
+
+	EvaluationTCB, EvaluationQE     int // tcbEvaluationDataNumber
+	CollateralFrom, CollateralUntil time.Time
+	// StaleSince is when the collateral ended, if it was used beyond that within
+	// Config.StaleGrace. Else zero.
+	StaleSince time.Time
+
+	// SecondOpinion is "agrees", or "not consulted: " and why.
+	SecondOpinion string
+}
+
+func report(quote []byte, q *measure.Quote, a *attestation, c *Collateral, v *verdict, stale time.Time, opinion string) *Report {
+	return &Report{
+		Quote: q, QuoteSHA256: sha256.Sum256(quote[:len(quote)-len(q.Trailing)]), TrailingBytes: len(q.Trailing),
+		PCK: *a.chain.pck, QE: *a.qe,
+		Platform: v.platform.clone(), Module: v.module.clone(), QEStatus: v.qe.clone(), Merged: v.merged.clone(),
+		NewestTCBDate: c.tcb.levels[0].tcb.Date, ShortSVNs: slices.Clone(v.short),
+		EvaluationTCB: c.tcb.evaluation, EvaluationQE: c.qe.evaluation,
+		CollateralFrom: c.from, CollateralUntil: c.until, StaleSince: stale,
+		SecondOpinion: opinion,
+	}
+}
+
+// clone keeps the caller's hands off what is cached.
+func (t *TCB) clone() TCB {
+	return TCB{Status: t.Status, Date: t.Date, Advisories: slices.Clone(t.Advisories)}
+}

@@ -1,0 +1,344 @@
+package dcap
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"time"
+
+	"tdx-agent/measure"
+)
+
+// MaxStaleGrace bounds Config.StaleGrace.
+const MaxStaleGrace = 72 * time.Hour
+
+// Config says how a [Verifier] verifies.
+type Config struct {
+	// Roots are what chains must end in. Nil refuses every quote.
+	Roots *Roots
+	// SecondOpinion also asks go-tdx-guest about the signatures, once per PCK
+	// certificate. Both must accept.
+	SecondOpinion bool
+	// StaleGrace is how long TCB info, QE identity and CRLs may be used after they
+	// ended, at most MaxStaleGrace. Certificates get no grace. The Report says so.
+	StaleGrace time.Duration
+	// Entries of the caches of platforms and of attestation keys. Zero: 1024.
+	Platforms, AttestationKeys int
+}
+
+// Verifier verifies quotes. It remembers what does not depend on time: PCK chains
+// and QE reports whose signatures hold, and TCB verdicts by collateral. Whether a
+// certificate is in its time of validity or revoked is looked at on every call. The
+// caches are bounded, and only what was verified gets in. For many goroutines.
+type Verifier struct {
+	cfg  Config
+	seed maphash.Seed
+
+	keys          *cache[uint64, *attestation]        // by the hash of their bytes, which are compared
+	chains        *cache[[32]byte, *pckChain]         // by the hash of their DER
+	intermediates *cache[[32]byte, *x509.Certificate] // by the hash of their DER
+	verdicts      *cache[verdictKey, *verdict]
+	opinions      *cache[[32]byte, string] // by the hash of the PCK certificate
+}
+
+// attestation is an attestation key that a QE report signed by a PCK vouches for.
+type attestation struct {
+	bytes string // everything behind a quote's signature
+	chain *pckChain
+	key   *ecdsa.PublicKey
+	qe    *QEReport
+}
+
+// pckChain is a PCK chain whose signatures hold, up to a pinned root.
+type pckChain struct {
+	pck                *PCK
+	leaf, intermediate *x509.Certificate
+	root               [32]byte
+	rootCertificate    *x509.Certificate
+	windows            [3]window
+	key                *ecdsa.PublicKey
+}
+
+// verdictKey is everything that a verdict depends on.
+type verdictKey struct {
+	collateral, leaf [32]byte
+	bodyType         uint16
+	svn, svn2        [16]byte
+	seamSigner       measure.Digest
+	seamAttributes   [8]byte
+	qe               QEReport
+}
+
+// NewVerifier returns a verifier with empty caches.
+func NewVerifier(cfg Config) *Verifier {
+	size := func(n int) int {
+		if n <= 0 {
+			n = 1024
+		}
+		return max(n/2, 1)
+	}
+	cfg.StaleGrace = min(max(cfg.StaleGrace, 0), MaxStaleGrace)
+	platforms, keys := size(cfg.Platforms), size(cfg.AttestationKeys)
+	return &Verifier{
+		cfg: cfg, seed: maphash.MakeSeed(),
+		keys:          newCache[uint64, *attestation](keys),
+		chains:        newCache[[32]byte, *pckChain](platforms),
+		intermediates: newCache[[32]byte, *x509.Certificate](8),
+		verdicts:      newCache[verdictKey, *verdict](keys),
+		opinions:      newCache[[32]byte, string](platforms),
+	}
+}
+
+// Platform checks the PCK chain of a quote up to a pinned root, but not when it is
+// valid nor whether it is revoked, and says which collateral its platform needs. The
+// quote itself is not yet trusted. The error is an [*Error].
+func (v *Verifier) Platform(quote []byte) (fmspc [6]byte, ca string, err error) {
+	_, d, fault := v.parse(quote)
+	if fault != nil {
+		return fmspc, "", fault
+	}
+	if known := v.known(d); known != nil {
+		return known.chain.pck.FMSPC, known.chain.pck.CA, nil
+	}
+	chain, fault := v.chain(d.chain, nil)
+	if fault != nil {
+		return fmspc, "", fault
+	}
+	return chain.pck.FMSPC, chain.pck.CA, nil
+}
+
+// Signatures is Platform, and checks every signature of the quote too: it tells
+// whether a quote is worth a fetch of collateral. The error is an [*Error].
+func (v *Verifier) Signatures(quote []byte) (fmspc [6]byte, ca string, err error) {
+	q, d, fault := v.parse(quote)
+	if fault != nil {
+		return fmspc, "", fault
+	}
+	a, fault := v.attest(q, d, nil)
+	if fault != nil {
+		return fmspc, "", fault
+	}
+	return a.chain.pck.FMSPC, a.chain.pck.CA, nil
+}
+
+// Verify judges a quote by this collateral at this time. A nil error says that the
+// quote is genuine; its statuses are in the Report and are not judged here. The error
+// is an [*Error], the Report then nil.
+func (v *Verifier) Verify(ctx context.Context, quote []byte, c *Collateral, at time.Time) (*Report, error) {
+	switch {
+	case c == nil || c.tcb == nil:
+		return nil, &Error{Code: "no_collateral", Stage: stageSetup, Hint: "fetch collateral for the platform first"}
+	case at.IsZero():
+		return nil, &Error{Code: "no_time", Stage: stageSetup, Hint: "give the time at which the quote is judged"}
+	case ctx.Err() != nil:
+		return nil, &Error{Code: "canceled", Stage: stageSetup, Err: ctx.Err()}
+	}
+	r, err := v.verify(ctx, quote, c, at)
+	if err != nil {
+		return nil, err // not returned as it is: a nil *Error is no nil error
+	}
+	return r, nil
+}
+
+func (v *Verifier) verify(ctx context.Context, quote []byte, c *Collateral, at time.Time) (*Report, *Error) {
+	q, d, err := v.parse(quote)
+	if err != nil {
+		return nil, err
+	}
+	a, err := v.attest(q, d, c)
+	if err != nil {
+		return nil, err
+	}
+	stale, err := v.applicable(a.chain, c, at)
+	if err != nil {
+		return nil, err
+	}
+	verdict, err := v.judge(q, a, c)
+	if err != nil {
+		return nil, err
+	}
+	opinion, err := v.opinion(ctx, quote[:len(quote)-len(q.Trailing)], a.chain, at)
+	if err != nil {
+		return nil, err
+	}
+	return report(quote, q, a, c, verdict, stale, opinion), nil
+}
+
+func (v *Verifier) parse(quote []byte) (*measure.Quote, *signatureData, *Error) {
+	if v == nil || v.cfg.Roots == nil || len(v.cfg.Roots.pins) == 0 {
+		return nil, nil, &Error{Code: "no_roots", Stage: stageSetup, Hint: "give Config.Roots"}
+	}
+	return parseQuote(quote)
+}
+
+// known returns what is known of these signature data, but for the quote's own
+// signature. Bytes that are equal have the same key, bound by the same QE report.
+func (v *Verifier) known(d *signatureData) *attestation {
+	a, ok := v.keys.get(maphash.Bytes(v.seed, d.certified))
+	if !ok || a.bytes != string(d.certified) {
+		return nil
+	}
+	return a
+}
+
+// attest checks the signatures of a quote from its PCK chain down. c may be nil.
+func (v *Verifier) attest(q *measure.Quote, d *signatureData, c *Collateral) (*attestation, *Error) {
+	a, isNew := v.known(d), false
+	if a == nil {
+		chain, err := v.chain(d.chain, c)
+		if err != nil {
+			return nil, err
+		}
+		key, qe, err := d.certify(chain.key)
+		if err != nil {
+			return nil, err
+		}
+		a, isNew = &attestation{chain: chain, key: key, qe: qe}, true
+	}
+	if !verifyRaw(a.key, q.Signed, d.signature) {
+		return nil, &Error{Code: "quote_signature", Stage: stageQuote, Hint: "the quote was changed after it was signed"}
+	}
+	if isNew {
+		a.bytes = string(d.certified)
+		v.keys.add(maphash.Bytes(v.seed, d.certified), a)
+	}
+	return a, nil
+}
+
+// chain verifies a PCK chain. The issuer of c's CRL counts as a known intermediate.
+func (v *Verifier) chain(text []byte, c *Collateral) (*pckChain, *Error) {
+	ders, err := decodePEM(text)
+	if err == nil && len(ders) != 3 {
+		err = fmt.Errorf("chain of %d certificates, want 3", len(ders))
+	}
+	if err != nil {
+		return nil, &Error{Code: "pck_chain_format", Stage: stagePCK, Err: err}
+	}
+	h := sha256.New()
+	for _, der := range ders {
+		sum := sha256.Sum256(der) // so that the lengths count
+		h.Write(sum[:])
+	}
+	id := [32]byte(h.Sum(nil))
+	if known, ok := v.chains.get(id); ok {
+		return known, nil
+	}
+	chain, err := v.verifyChain(ders, c)
+	if err != nil {
+		if e, ok := errors.AsType[*Error](err); ok {
+			return nil, e
+		}
+		return nil, &Error{Code: "pck_chain", Stage: stagePCK, Err: err}
+	}
+	v.chains.add(id, chain)
+	return chain, nil
+}
+
+func (v *Verifier) verifyChain(ders [][]byte, c *Collateral) (*pckChain, error) {
+	root, pin, err := pinnedRoot(ders[2], v.cfg.Roots)
+	if err != nil {
+		return nil, err
+	}
+	intermediate, err := v.intermediate(ders[1], root, pin, c)
+	if err != nil {
+		return nil, err
+	}
+	leaf, err := parseCertificate(ders[0])
+	if err != nil {
+		return nil, err
+	}
+	if leaf.Subject.CommonName != namePCK || leaf.IsCA || leaf.KeyUsage != 0 && leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
+		return nil, fmt.Errorf("certificate %q is no PCK certificate", leaf.Subject.CommonName)
+	}
+	if err := checkIssued(leaf, intermediate); err != nil {
+		return nil, err
+	}
+	pck, err := parsePCK(leaf)
+	if err != nil {
+		return nil, &Error{Code: "pck_extension", Stage: stagePCK, Err: err}
+	}
+	if pck.CA, err = caOf(intermediate); err != nil {
+		return nil, err
+	}
+	return &pckChain{
+		pck: pck, leaf: leaf, intermediate: intermediate, root: pin, rootCertificate: root, key: leaf.PublicKey.(*ecdsa.PublicKey),
+		windows: [3]window{certificateWindow("pck", leaf), certificateWindow("pck_ca", intermediate), certificateWindow("root", root)},
+	}, nil
+}
+
+// intermediate verifies a CA certificate unless that was done before.
+func (v *Verifier) intermediate(der []byte, root *x509.Certificate, pin [32]byte, c *Collateral) (*x509.Certificate, error) {
+	if c != nil && c.root == pin && string(c.issuer.Raw) == string(der) {
+		return c.issuer, nil
+	}
+	id := sha256.Sum256(append(append(make([]byte, 0, len(der)+len(pin)), der...), pin[:]...))
+	if known, ok := v.intermediates.get(id); ok {
+		return known, nil
+	}
+	ca, err := parseCertificate(der)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkIssued(ca, root); err != nil {
+		return nil, err
+	}
+	v.intermediates.add(id, ca)
+	return ca, nil
+}
+
+// applicable checks that c is about this platform, that everything is valid at this
+// time, and that nothing is revoked.
+func (v *Verifier) applicable(chain *pckChain, c *Collateral, at time.Time) (stale time.Time, err *Error) {
+	if c.root != chain.root {
+		return stale, &Error{Code: "collateral_root", Stage: stageCollateral, Got: fmt.Sprintf("collateral below the root %x", c.root[:8]), Want: fmt.Sprintf("%x, the root of the PCK chain", chain.root[:8]),
+			Hint: "simulated and real platforms need their own collateral"}
+	}
+	for i := range chain.windows {
+		if err := chain.windows[i].check(stagePCK, at, "check the clock"); err != nil {
+			return stale, err
+		}
+	}
+	if stale, err = c.checkTime(at, v.cfg.StaleGrace); err != nil {
+		return stale, err
+	}
+	if c.rootCRL.revoked.has(chain.intermediate) || c.rootCRL.revoked.has(c.issuer) {
+		return stale, &Error{Code: "pck_ca_revoked", Stage: stagePCK, Got: fmt.Sprintf("serial number %x in the root CRL", chain.intermediate.SerialNumber), Hint: "do not trust this platform"}
+	}
+	if c.ca != chain.pck.CA || checkNames(chain.leaf, c.issuer) != nil {
+		return stale, &Error{Code: "pck_crl_issuer", Stage: stageCollateral, Got: "a PCK CRL of the " + c.ca + " CA", Want: "one of the " + chain.pck.CA + " CA, which issued the PCK certificate",
+			Hint: "fetch collateral for this platform"}
+	}
+	if c.pckCRL.revoked.has(chain.leaf) {
+		return stale, &Error{Code: "pck_revoked", Stage: stagePCK, Got: "serial number " + chain.pck.Serial + " in the PCK CRL", Hint: "do not trust this platform"}
+	}
+	if c.tcb.fmspc != chain.pck.FMSPC {
+		return stale, &Error{Code: "fmspc_mismatch", Stage: stageCollateral, Got: fmt.Sprintf("TCB info of FMSPC %x", c.tcb.fmspc), Want: fmt.Sprintf("%x", chain.pck.FMSPC),
+			Hint: "fetch collateral for this platform"}
+	}
+	if c.tcb.pceID != chain.pck.PCEID {
+		return stale, &Error{Code: "pceid_mismatch", Stage: stageCollateral, Got: fmt.Sprintf("TCB info of PCEID %x", c.tcb.pceID), Want: fmt.Sprintf("%x", chain.pck.PCEID),
+			Hint: "fetch collateral for this platform"}
+	}
+	return stale, nil
+}
+
+func (v *Verifier) judge(q *measure.Quote, a *attestation, c *Collateral) (*verdict, *Error) {
+	b := &q.Body
+	key := verdictKey{
+		collateral: c.sha256, leaf: a.chain.pck.SHA256, bodyType: q.BodyType, svn: b.TEETCBSVN, svn2: b.TEETCBSVN2,
+		seamSigner: b.MRSignerSEAM, seamAttributes: b.SEAMAttributes, qe: *a.qe,
+	}
+	if known, ok := v.verdicts.get(key); ok {
+		return known, nil
+	}
+	verdict, err := c.judge(a.chain.pck, b, q.BodyType, a.qe)
+	if err != nil {
+		return nil, err
+	}
+	v.verdicts.add(key, verdict)
+	return verdict, nil
+}
