@@ -16,6 +16,9 @@ const (
 	opinionNone   = "not consulted: "
 )
 
+// guestExtensions is how many extensions go-tdx-guest wants in a PCK certificate.
+const guestExtensions = 6
+
 // opinion asks go-tdx-guest about the signatures of a quote, once per PCK
 // certificate. It sees a quote only after everything else here accepted it.
 func (v *Verifier) opinion(ctx context.Context, quote []byte, chain *pckChain, at time.Time) (string, *Error) {
@@ -48,6 +51,9 @@ func consult(quote []byte, chain *pckChain, at time.Time) (opinion string, err e
 	if chain.pck.CA != CAPlatform {
 		return opinionNone + "go-tdx-guest knows the Platform CA only", nil
 	}
+	if n := len(chain.leaf.Extensions); n != guestExtensions {
+		return opinionNone + fmt.Sprintf("go-tdx-guest reads PCK certificates of %d extensions, not %d", guestExtensions, n), nil
+	}
 	parsed, err := abi.QuoteToProto(quote)
 	if err != nil {
 		return opinionNone + fmt.Sprintf("go-tdx-guest cannot read the quote: %v", err), nil
@@ -55,6 +61,7 @@ func consult(quote []byte, chain *pckChain, at time.Time) (opinion string, err e
 	// Without roots it would fall back to Intel's, and say so on standard output.
 	roots := x509.NewCertPool()
 	roots.AddCert(chain.rootCertificate)
+	// Options hold state of one verification: never share them.
 	return opinionAgrees, verify.TdxQuote(parsed, &verify.Options{
 		TrustedRoots: roots,
 		Now:          &verify.TimeSet{PckCertChain: at, TcbInfo: at, QeIdentity: at, PckCrl: at, RootCaCrl: at},

@@ -246,11 +246,15 @@ func (c *Collateral) relaunch(sgx *platformLevel, status Status, v *verdict, bod
 	return module != nil && int(now[0]) >= module.levels[0].svn
 }
 
-// merge gives the merged TCB the earliest date and every advisory once.
+// merge gives the merged TCB the earliest date and every advisory once. Without a
+// level that matches there is neither.
 func merge(status Status, parts ...*TCB) TCB {
 	t := TCB{Status: status}
+	if status == NotSupported {
+		return t
+	}
 	for _, p := range parts {
-		if status != NotSupported && !p.Date.IsZero() && (t.Date.IsZero() || p.Date.Before(t.Date)) {
+		if !p.Date.IsZero() && (t.Date.IsZero() || p.Date.Before(t.Date)) {
 			t.Date = p.Date
 		}
 		for _, id := range p.Advisories {
@@ -264,26 +268,34 @@ func merge(status Status, parts ...*TCB) TCB {
 
 // shortSVNs lists what is below the newest levels.
 func (c *Collateral) shortSVNs(pck *PCK, body *measure.TDBody, module *moduleIdentity, qe *QEReport) (short []ShortSVN) {
-	compare := func(component, name string, got, want int) {
-		if got >= want {
-			return
+	compare := func(name string, got, want int) {
+		if got < want {
+			short = append(short, ShortSVN{name, got, want})
 		}
-		if name != "" {
-			component += " (" + name + ")"
-		}
-		short = append(short, ShortSVN{component, got, want})
 	}
 	newest := &c.tcb.levels[0]
 	for i, want := range newest.sgx {
-		compare(fmt.Sprintf("SGX component %d", i), newest.sgxNames[i], int(pck.Components[i]), int(want))
+		if got := pck.Components[i]; got < want {
+			compare(componentName("SGX", i, newest.sgxNames[i]), int(got), int(want))
+		}
 	}
-	compare("PCESVN", "", int(pck.PCESVN), int(newest.pceSVN))
+	compare("PCESVN", int(pck.PCESVN), int(newest.pceSVN))
 	for i := firstTDXComponent(body); i < 16; i++ {
-		compare(fmt.Sprintf("TDX component %d", i), newest.tdxNames[i], int(body.TEETCBSVN[i]), int(newest.tdx[i]))
+		if got, want := body.TEETCBSVN[i], newest.tdx[i]; got < want {
+			compare(componentName("TDX", i, newest.tdxNames[i]), int(got), int(want))
+		}
 	}
 	if module.id != "" {
-		compare("TDX module", module.id, int(body.TEETCBSVN[0]), module.levels[0].svn)
+		compare("TDX module "+module.id, int(body.TEETCBSVN[0]), module.levels[0].svn)
 	}
-	compare("quoting enclave", "", int(qe.ISVSVN), c.qe.levels[0].svn)
+	compare("quoting enclave", int(qe.ISVSVN), c.qe.levels[0].svn)
 	return short
+}
+
+func componentName(side string, i int, name string) string {
+	text := fmt.Sprintf("%s component %d", side, i)
+	if name != "" {
+		text += " (" + name + ")"
+	}
+	return text
 }

@@ -1,0 +1,71 @@
+package dcap
+
+import (
+	"crypto/sha256"
+
+	"tdx-agent/measure"
+)
+
+// Judge applies the TCB rule to a quote of a platform below Intel's root and these
+// documents, whose signatures are not checked.
+func Judge(quote, tcbInfo, qeIdentity []byte) (platform, module, qe, merged TCB, err error) {
+	v := NewVerifier(Config{Roots: IntelRoots()})
+	q, d, fault := v.parse(quote)
+	if fault != nil {
+		return platform, module, qe, merged, fault
+	}
+	a, fault := v.attest(q, d, nil)
+	if fault != nil {
+		return platform, module, qe, merged, fault
+	}
+	c := new(Collateral)
+	if c.tcb, err = parseTCBInfo(tcbInfo); err != nil {
+		return platform, module, qe, merged, err
+	}
+	if c.qe, err = parseQEIdentity(qeIdentity); err != nil {
+		return platform, module, qe, merged, err
+	}
+	j, fault := c.judge(a.chain.pck, &q.Body, q.BodyType, a.qe)
+	if fault != nil {
+		return platform, module, qe, merged, fault
+	}
+	return j.platform, j.module, j.qe, j.merged, nil
+}
+
+// Converge is the convergence of one component's status into the platform's.
+var Converge = converge
+
+// CacheSizes returns how many attestation keys, PCK chains, verdicts and second
+// opinions are remembered.
+func (v *Verifier) CacheSizes() [4]int {
+	return [4]int{v.keys.len(), v.chains.len(), v.verdicts.len(), v.opinions.len()}
+}
+
+func (c *cache[K, V]) len() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.young) + len(c.old)
+}
+
+// AddChain makes a verifier know a chain that does not exist.
+func (v *Verifier) AddChain(name string) {
+	v.chains.add(sha256.Sum256([]byte(name)), &pckChain{pck: new(PCK)})
+}
+
+// The decoders, for fuzzing.
+func ParseTCBInfo(text []byte) (fmspc [6]byte, evaluation int, statuses []string, err error) {
+	t, err := parseTCBInfo(text)
+	if err != nil {
+		return fmspc, 0, nil, err
+	}
+	for _, l := range t.levels {
+		statuses = append(statuses, string(l.tcb.Status))
+	}
+	return t.fmspc, t.evaluation, statuses, nil
+}
+
+func ParseSignatureData(b []byte) error { _, err := parseSignatureData(b); return err }
+
+var DecodePEM = decodePEM
+
+var _ = measure.BodyTD10
