@@ -39,7 +39,8 @@ var bundleMembers = &members{what: "collateral", closed: true, optional: []strin
 // checked at each use.
 type Collateral struct {
 	sha256 [32]byte
-	root   [32]byte // SHA-256 of the root that every chain ended in
+	pin    [32]byte          // SHA-256 of root
+	root   *x509.Certificate // where every chain ended
 	ca     string
 	issuer *x509.Certificate // of the PCK CRL
 
@@ -109,7 +110,7 @@ func readBundle(text []byte) (*Bundle, error) {
 
 // load checks the parts of a bundle, each before what depends on it.
 func (c *Collateral) load(b *Bundle, roots *Roots) error {
-	issuer, root, err := c.issuerChain([]byte(b.PCKCRLIssuerChain), roots)
+	issuer, err := c.issuerChain([]byte(b.PCKCRLIssuerChain), roots)
 	if err != nil {
 		return collateralError("pck_crl_chain", err)
 	}
@@ -117,7 +118,7 @@ func (c *Collateral) load(b *Bundle, roots *Roots) error {
 		return collateralError("pck_crl_chain", err)
 	}
 	c.issuer = issuer
-	if c.rootCRL, err = readCRL(b.RootCACRL, root); err != nil {
+	if c.rootCRL, err = readCRL(b.RootCACRL, c.root); err != nil {
 		return crlError("root_crl", err)
 	}
 	if c.pckCRL, err = readCRL(b.PCKCRL, issuer); err != nil {
@@ -145,37 +146,37 @@ func (c *Collateral) load(b *Bundle, roots *Roots) error {
 		window{"tcb_info", c.tcb.issued, c.tcb.next, true},
 		window{"qe_identity", c.qe.issued, c.qe.next, true},
 		certificateWindow("pck_crl_issuer", issuer),
-		certificateWindow("root", root))
+		certificateWindow("root", c.root))
 	return nil
 }
 
 // issuerChain verifies a chain of two certificates, the second of which is a root.
-func (c *Collateral) issuerChain(text []byte, roots *Roots) (issuer, root *x509.Certificate, err error) {
+func (c *Collateral) issuerChain(text []byte, roots *Roots) (issuer *x509.Certificate, err error) {
 	chain, err := decodePEM(text)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if len(chain) != 2 {
-		return nil, nil, fmt.Errorf("chain of %d certificates, want 2", len(chain))
+		return nil, fmt.Errorf("chain of %d certificates, want 2", len(chain))
 	}
-	root, pin, err := pinnedRoot(chain[1], roots)
+	root, pin, err := pinnedRoot(chain[1], roots, c.root)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if c.root != [32]byte{} && c.root != pin {
-		return nil, nil, errors.New("the chains end in different roots")
+	if c.root != nil && c.pin != pin {
+		return nil, errors.New("the chains end in different roots")
 	}
-	c.root = pin
+	c.root, c.pin = root, pin
 	if issuer, err = parseCertificate(chain[0]); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	return issuer, root, checkIssued(issuer, root)
+	return issuer, checkIssued(issuer, root)
 }
 
 // documentSigner verifies the chain of a document. document and signer are the
 // beginnings of codes.
 func (c *Collateral) documentSigner(chain string, roots *Roots, document, signer string) (*x509.Certificate, error) {
-	s, _, err := c.issuerChain([]byte(chain), roots)
+	s, err := c.issuerChain([]byte(chain), roots)
 	if err != nil {
 		return nil, collateralError(document+"_chain", err)
 	}

@@ -69,3 +69,11 @@ func ParseSignatureData(b []byte) error { _, err := parseSignatureData(b); retur
 var DecodePEM = decodePEM
 
 var _ = measure.BodyTD10
+
+// ForgetKeys empties the cache of attestation keys, so that the next quote seems to
+// have a new one.
+func (v *Verifier) ForgetKeys() {
+	v.keys.mu.Lock()
+	defer v.keys.mu.Unlock()
+	v.keys.young, v.keys.old = nil, nil
+}

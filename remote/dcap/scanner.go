@@ -191,22 +191,23 @@ func (s *scanner) string() string {
 
 // escaped goes on with a string from its first backslash.
 func (s *scanner) escaped(start int) string {
-	b := append(make([]byte, 0, 2*(s.at-start)+64), s.text[start:s.at]...)
-	for s.at < len(s.text) {
-		c := s.text[s.at]
-		s.at++
-		switch {
+	b := make([]byte, 0, 2*(s.at-start)+256)
+	for i := s.at; i < len(s.text); i++ {
+		switch c := s.text[i]; {
 		case c == '"':
-			return string(b)
+			s.at = i + 1
+			return string(append(b, s.text[start:i]...))
 		case c < ' ':
+			s.at = i
 			s.fail("a control character in a string")
 			return ""
 		case c == '\\':
+			b = append(b, s.text[start:i]...)
+			s.at = i + 1
 			if b = s.escape(b); s.err != nil {
 				return ""
 			}
-		default:
-			b = append(b, c)
+			start, i = s.at, s.at-1
 		}
 	}
 	s.fail("a string does not end")

@@ -60,7 +60,7 @@ func consult(quote []byte, chain *pckChain, at time.Time) (opinion string, err e
 	}
 	// Without roots it would fall back to Intel's, and say so on standard output.
 	roots := x509.NewCertPool()
-	roots.AddCert(chain.rootCertificate)
+	roots.AddCert(chain.root)
 	// Options hold state of one verification: never share them.
 	return opinionAgrees, verify.TdxQuote(parsed, &verify.Options{
 		TrustedRoots: roots,

@@ -39,6 +39,7 @@ type Verifier struct {
 	seed maphash.Seed
 
 	keys          *cache[uint64, *attestation]        // by the hash of their bytes, which are compared
+	texts         *cache[uint64, *chainText]          // by the hash of their bytes, which are compared
 	chains        *cache[[32]byte, *pckChain]         // by the hash of their DER
 	intermediates *cache[[32]byte, *x509.Certificate] // by the hash of their DER
 	verdicts      *cache[verdictKey, *verdict]
@@ -53,14 +54,20 @@ type attestation struct {
 	qe    *QEReport
 }
 
+// chainText is a PCK chain as PEM, which spares decoding it. The chain's identity is
+// its DER: more than one text may have the same.
+type chainText struct {
+	text  string
+	chain *pckChain
+}
+
 // pckChain is a PCK chain whose signatures hold, up to a pinned root.
 type pckChain struct {
-	pck                *PCK
-	leaf, intermediate *x509.Certificate
-	root               [32]byte
-	rootCertificate    *x509.Certificate
-	windows            [3]window
-	key                *ecdsa.PublicKey
+	pck                      *PCK
+	leaf, intermediate, root *x509.Certificate
+	pin                      [32]byte // SHA-256 of root
+	windows                  [3]window
+	key                      *ecdsa.PublicKey
 }
 
 // verdictKey is everything that a verdict depends on.
@@ -86,6 +93,7 @@ func NewVerifier(cfg Config) *Verifier {
 	return &Verifier{
 		cfg: cfg, seed: maphash.MakeSeed(),
 		keys:          newCache[uint64, *attestation](keys),
+		texts:         newCache[uint64, *chainText](platforms),
 		chains:        newCache[[32]byte, *pckChain](platforms),
 		intermediates: newCache[[32]byte, *x509.Certificate](8),
 		verdicts:      newCache[verdictKey, *verdict](keys),
@@ -203,14 +211,19 @@ func (v *Verifier) attest(q *measure.Quote, d *signatureData, c *Collateral) (*a
 		return nil, &Error{Code: "quote_signature", Stage: stageQuote, Hint: "the quote was changed after it was signed"}
 	}
 	if isNew {
-		a.bytes = string(d.certified)
+		a.bytes = string(d.certified) // of its own: the quote is the caller's
 		v.keys.add(maphash.Bytes(v.seed, d.certified), a)
+		at := len(d.certified) - len(d.chain) // the chain is what ends it
+		v.texts.add(maphash.Bytes(v.seed, d.chain), &chainText{a.bytes[at:], a.chain})
 	}
 	return a, nil
 }
 
 // chain verifies a PCK chain. The issuer of c's CRL counts as a known intermediate.
 func (v *Verifier) chain(text []byte, c *Collateral) (*pckChain, *Error) {
+	if t, ok := v.texts.get(maphash.Bytes(v.seed, text)); ok && t.text == string(text) {
+		return t.chain, nil
+	}
 	ders, err := decodePEM(text)
 	if err == nil && len(ders) != 3 {
 		err = fmt.Errorf("chain of %d certificates, want 3", len(ders))
@@ -239,7 +252,11 @@ func (v *Verifier) chain(text []byte, c *Collateral) (*pckChain, *Error) {
 }
 
 func (v *Verifier) verifyChain(ders [][]byte, c *Collateral) (*pckChain, error) {
-	root, pin, err := pinnedRoot(ders[2], v.cfg.Roots)
+	var known *x509.Certificate
+	if c != nil {
+		known = c.root
+	}
+	root, pin, err := pinnedRoot(ders[2], v.cfg.Roots, known)
 	if err != nil {
 		return nil, err
 	}
@@ -265,14 +282,14 @@ func (v *Verifier) verifyChain(ders [][]byte, c *Collateral) (*pckChain, error) 
 		return nil, err
 	}
 	return &pckChain{
-		pck: pck, leaf: leaf, intermediate: intermediate, root: pin, rootCertificate: root, key: leaf.PublicKey.(*ecdsa.PublicKey),
+		pck: pck, leaf: leaf, intermediate: intermediate, root: root, pin: pin, key: leaf.PublicKey.(*ecdsa.PublicKey),
 		windows: [3]window{certificateWindow("pck", leaf), certificateWindow("pck_ca", intermediate), certificateWindow("root", root)},
 	}, nil
 }
 
 // intermediate verifies a CA certificate unless that was done before.
 func (v *Verifier) intermediate(der []byte, root *x509.Certificate, pin [32]byte, c *Collateral) (*x509.Certificate, error) {
-	if c != nil && c.root == pin && string(c.issuer.Raw) == string(der) {
+	if c != nil && c.pin == pin && string(c.issuer.Raw) == string(der) {
 		return c.issuer, nil
 	}
 	id := sha256.Sum256(append(append(make([]byte, 0, len(der)+len(pin)), der...), pin[:]...))
@@ -293,8 +310,8 @@ func (v *Verifier) intermediate(der []byte, root *x509.Certificate, pin [32]byte
 // applicable checks that c is about this platform, that everything is valid at this
 // time, and that nothing is revoked.
 func (v *Verifier) applicable(chain *pckChain, c *Collateral, at time.Time) (stale time.Time, err *Error) {
-	if c.root != chain.root {
-		return stale, &Error{Code: "collateral_root", Stage: stageCollateral, Got: fmt.Sprintf("collateral below the root %x", c.root[:8]), Want: fmt.Sprintf("%x, the root of the PCK chain", chain.root[:8]),
+	if c.pin != chain.pin {
+		return stale, &Error{Code: "collateral_root", Stage: stageCollateral, Got: fmt.Sprintf("collateral below the root %x", c.pin[:8]), Want: fmt.Sprintf("%x, the root of the PCK chain", chain.pin[:8]),
 			Hint: "simulated and real platforms need their own collateral"}
 	}
 	for i := range chain.windows {
