@@ -1,0 +1,5 @@
+//go:build !race
+
+package dcap_test
+
+const raceDetector = false
