@@ -1,10 +1,6 @@
 package dcap
 
-import (
-	"crypto/sha256"
-
-	"tdx-agent/measure"
-)
+import "crypto/sha256"
 
 // Judge applies the TCB rule to a quote of a platform below Intel's root and these
 // documents, whose signatures are not checked.
@@ -67,8 +63,6 @@ func ParseTCBInfo(text []byte) (fmspc [6]byte, evaluation int, statuses []string
 func ParseSignatureData(b []byte) error { _, err := parseSignatureData(b); return err }
 
 var DecodePEM = decodePEM
-
-var _ = measure.BodyTD10
 
 // ForgetKeys empties the cache of attestation keys, so that the next quote seems to
 // have a new one.
