@@ -51,6 +51,7 @@ type realCase struct {
 			EvaluationTCB        int `json:"tcb_info_evaluation"`
 			EvaluationQE         int `json:"qe_identity_evaluation"`
 		}
+		Guest map[string]string `json:"go_tdx_guest"` // answers by version
 	}
 }
 
@@ -256,6 +257,30 @@ func checkCase(t *testing.T, e *evidence, c *realCase, v *dcap.Verifier) {
 		t.Errorf("evaluation numbers %d and %d, want %d and %d", r.EvaluationTCB, r.EvaluationQE, w.EvaluationTCB, w.EvaluationQE)
 	}
 	checkReport(t, e, c.Quote, r)
+}
+
+// TestGuestAccepts runs go-tdx-guest on the cases that it accepts and that are to be
+// refused. It takes the level of the TDX module for the platform's, and does not look
+// at lower ends: not at issueDate and not at thisUpdate.
+func TestGuestAccepts(t *testing.T) {
+	e := loadEvidence(t)
+	seen := make(map[string]int)
+	for i := range e.cases {
+		c := &e.cases[i]
+		if c.Expect.Guest["v0.3.2-0.20260305110651-91f9a52f36c7"] != "accept" || *c.Expect.Accept {
+			continue
+		}
+		seen[c.Expect.Reasons[0]]++
+		if err := newGuestGetter(t, e.bundle(t, c)).verify(e.quote(t, c.Quote), c.Time); err != nil {
+			t.Errorf("%s: go-tdx-guest refuses by now what the platform's level refuses: %v", c.ID, err)
+		}
+		if c.Expect.Reasons[0] == "tcb_out_of_date" && c.Expect.TCB.Module.Status != dcap.UpToDate {
+			t.Errorf("%s: the module is %s", c.ID, c.Expect.TCB.Module.Status)
+		}
+	}
+	if seen["tcb_out_of_date"] != 3 || seen["collateral_not_yet_valid"] == 0 {
+		t.Errorf("cases by reason: %v", seen)
+	}
 }
 
 func nonNil(list []string) []string {

@@ -1,6 +1,13 @@
 package dcap
 
-import "crypto/sha256"
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"time"
+
+	"golang.org/x/crypto/cryptobyte"
+	cryptobyteasn1 "golang.org/x/crypto/cryptobyte/asn1"
+)
 
 // Judge applies the TCB rule to a quote of a platform below Intel's root and these
 // documents, whose signatures are not checked.
@@ -60,8 +67,6 @@ func ParseTCBInfo(text []byte) (fmspc [6]byte, evaluation int, statuses []string
 	return t.fmspc, t.evaluation, statuses, nil
 }
 
-func ParseSignatureData(b []byte) error { _, err := parseSignatureData(b); return err }
-
 var DecodePEM = decodePEM
 
 // ForgetKeys empties the cache of attestation keys, so that the next quote seems to
@@ -70,4 +75,32 @@ func (v *Verifier) ForgetKeys() {
 	v.keys.mu.Lock()
 	defer v.keys.mu.Unlock()
 	v.keys.young, v.keys.old = nil, nil
+}
+
+// ParseQEIdentity decodes a QE identity.
+func ParseQEIdentity(text []byte) (signer [32]byte, evaluation int, err error) {
+	q, err := parseQEIdentity(text)
+	if err != nil {
+		return signer, 0, err
+	}
+	return q.signer, q.evaluation, nil
+}
+
+// ParsePCK reads a PCK certificate's SGX extension.
+func ParsePCK(extension []byte) (*PCK, error) {
+	p := new(PCK)
+	return p, p.readExtension(extension)
+}
+
+// RevokedSerials reads a CRL without checking its signature.
+func RevokedSerials(der []byte, issuer *x509.Certificate) (serials map[string]struct{}, issued, next time.Time, err error) {
+	input, list, signed, body := cryptobyte.String(der), cryptobyte.String(nil), cryptobyte.String(nil), cryptobyte.String(nil)
+	if !input.ReadASN1(&list, cryptobyteasn1.SEQUENCE) || !list.ReadASN1Element(&signed, cryptobyteasn1.SEQUENCE) || !signed.ReadASN1(&body, cryptobyteasn1.SEQUENCE) {
+		return nil, issued, next, errMalformedCRL
+	}
+	c, err := readRevocations(body, issuer)
+	if err != nil {
+		return nil, issued, next, err
+	}
+	return c.revoked, c.issued, c.next, nil
 }
