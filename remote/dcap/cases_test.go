@@ -272,7 +272,7 @@ func TestGuestAccepts(t *testing.T) {
 		}
 		seen[c.Expect.Reasons[0]]++
 		if err := newGuestGetter(t, e.bundle(t, c)).verify(e.quote(t, c.Quote), c.Time); err != nil {
-			t.Errorf("%s: go-tdx-guest refuses by now what the platform's level refuses: %v", c.ID, err)
+			t.Errorf("%s: go-tdx-guest refuses it by now: %v", c.ID, err)
 		}
 		if c.Expect.Reasons[0] == "tcb_out_of_date" && c.Expect.TCB.Module.Status != dcap.UpToDate {
 			t.Errorf("%s: the module is %s", c.ID, c.Expect.TCB.Module.Status)
