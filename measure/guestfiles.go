@@ -270,13 +270,13 @@ func appKeysProviderOf(name string, o guestObject) (p KeyProvider, err error) {
 	case "Local":
 		p = KeyProvider{Kind: KeyProviderLocal}
 		if p.ID, err = o.hexMember("mr"); err == nil && len(p.ID) != 32 {
-			err = fmt.Errorf("Local: mr has %d bytes, want 32", len(p.ID))
+			err = fmt.Errorf("variant Local: mr has %d bytes, want 32", len(p.ID))
 		}
 		return p, err
 	case "Kms":
 		p = KeyProvider{Kind: KeyProviderKMS}
 		if p.ID, err = o.hexMember("pubkey"); err == nil && len(p.ID) > maxKeyProviderID {
-			err = fmt.Errorf("Kms: pubkey has %d bytes, want at most %d", len(p.ID), maxKeyProviderID)
+			err = fmt.Errorf("variant Kms: pubkey has %d bytes, want at most %d", len(p.ID), maxKeyProviderID)
 		}
 		return p, err
 	}
