@@ -41,18 +41,12 @@ var Converge = converge
 // CacheSizes returns how many attestation keys, PCK chains, verdicts and second
 // opinions are remembered.
 func (v *Verifier) CacheSizes() [4]int {
-	return [4]int{v.keys.len(), v.chains.len(), v.verdicts.len(), v.opinions.len()}
-}
-
-func (c *cache[K, V]) len() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.young) + len(c.old)
+	return [4]int{v.keys.Len(), v.chains.Len(), v.verdicts.Len(), v.opinions.Len()}
 }
 
 // AddChain makes a verifier know a chain that does not exist.
 func (v *Verifier) AddChain(name string) {
-	v.chains.add(sha256.Sum256([]byte(name)), &pckChain{pck: new(PCK)})
+	v.chains.Add(sha256.Sum256([]byte(name)), &pckChain{pck: new(PCK)})
 }
 
 // The decoders, for fuzzing.
@@ -72,9 +66,7 @@ var DecodePEM = decodePEM
 // ForgetKeys empties the cache of attestation keys, so that the next quote seems to
 // have a new one.
 func (v *Verifier) ForgetKeys() {
-	v.keys.mu.Lock()
-	defer v.keys.mu.Unlock()
-	v.keys.young, v.keys.old = nil, nil
+	v.keys.Clear()
 }
 
 // ParseQEIdentity decodes a QE identity.

@@ -25,7 +25,7 @@ func (v *Verifier) opinion(ctx context.Context, quote []byte, chain *pckChain, a
 	if !v.cfg.SecondOpinion {
 		return opinionNone + "switched off", nil
 	}
-	if known, ok := v.opinions.get(chain.pck.SHA256); ok {
+	if known, ok := v.opinions.Get(chain.pck.SHA256); ok {
 		return known, nil
 	}
 	if ctx.Err() != nil {
@@ -35,7 +35,7 @@ func (v *Verifier) opinion(ctx context.Context, quote []byte, chain *pckChain, a
 	if err != nil {
 		return "", &Error{Code: "second_opinion", Stage: stageSecondOpinion, Err: err, Hint: "go-tdx-guest refuses what this engine accepts: report it"}
 	}
-	v.opinions.add(chain.pck.SHA256, opinion)
+	v.opinions.Add(chain.pck.SHA256, opinion)
 	return opinion, nil
 }
 

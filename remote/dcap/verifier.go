@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"tdx-agent/measure"
+	"tdx-agent/remote/cache"
 )
 
 // MaxStaleGrace bounds Config.StaleGrace.
@@ -38,12 +39,12 @@ type Verifier struct {
 	cfg  Config
 	seed maphash.Seed
 
-	keys          *cache[uint64, *attestation]        // by the hash of their bytes, which are compared
-	texts         *cache[uint64, *chainText]          // by the hash of their bytes, which are compared
-	chains        *cache[[32]byte, *pckChain]         // by the hash of their DER
-	intermediates *cache[[32]byte, *x509.Certificate] // by the hash of their DER
-	verdicts      *cache[verdictKey, *verdict]
-	opinions      *cache[[32]byte, string] // by the hash of the PCK certificate
+	keys          *cache.Cache[uint64, *attestation]        // by the hash of their bytes, which are compared
+	texts         *cache.Cache[uint64, *chainText]          // by the hash of their bytes, which are compared
+	chains        *cache.Cache[[32]byte, *pckChain]         // by the hash of their DER
+	intermediates *cache.Cache[[32]byte, *x509.Certificate] // by the hash of their DER
+	verdicts      *cache.Cache[verdictKey, *verdict]
+	opinions      *cache.Cache[[32]byte, string] // by the hash of the PCK certificate
 }
 
 // attestation is an attestation key that a QE report signed by a PCK vouches for.
@@ -92,12 +93,12 @@ func NewVerifier(cfg Config) *Verifier {
 	platforms, keys := size(cfg.Platforms), size(cfg.AttestationKeys)
 	return &Verifier{
 		cfg: cfg, seed: maphash.MakeSeed(),
-		keys:          newCache[uint64, *attestation](keys),
-		texts:         newCache[uint64, *chainText](platforms),
-		chains:        newCache[[32]byte, *pckChain](platforms),
-		intermediates: newCache[[32]byte, *x509.Certificate](8),
-		verdicts:      newCache[verdictKey, *verdict](keys),
-		opinions:      newCache[[32]byte, string](platforms),
+		keys:          cache.New[uint64, *attestation](keys),
+		texts:         cache.New[uint64, *chainText](platforms),
+		chains:        cache.New[[32]byte, *pckChain](platforms),
+		intermediates: cache.New[[32]byte, *x509.Certificate](8),
+		verdicts:      cache.New[verdictKey, *verdict](keys),
+		opinions:      cache.New[[32]byte, string](platforms),
 	}
 }
 
@@ -186,7 +187,7 @@ func (v *Verifier) parse(quote []byte) (*measure.Quote, *signatureData, *Error) 
 // known returns what is known of these signature data, but for the quote's own
 // signature. Bytes that are equal have the same key, bound by the same QE report.
 func (v *Verifier) known(d *signatureData) *attestation {
-	a, ok := v.keys.get(maphash.Bytes(v.seed, d.certified))
+	a, ok := v.keys.Get(maphash.Bytes(v.seed, d.certified))
 	if !ok || a.bytes != string(d.certified) {
 		return nil
 	}
@@ -212,16 +213,16 @@ func (v *Verifier) attest(q *measure.Quote, d *signatureData, c *Collateral) (*a
 	}
 	if isNew {
 		a.bytes = string(d.certified) // of its own: the quote is the caller's
-		v.keys.add(maphash.Bytes(v.seed, d.certified), a)
+		v.keys.Add(maphash.Bytes(v.seed, d.certified), a)
 		at := len(d.certified) - len(d.chain) // the chain is what ends it
-		v.texts.add(maphash.Bytes(v.seed, d.chain), &chainText{a.bytes[at:], a.chain})
+		v.texts.Add(maphash.Bytes(v.seed, d.chain), &chainText{a.bytes[at:], a.chain})
 	}
 	return a, nil
 }
 
 // chain verifies a PCK chain. The issuer of c's CRL counts as a known intermediate.
 func (v *Verifier) chain(text []byte, c *Collateral) (*pckChain, *Error) {
-	if t, ok := v.texts.get(maphash.Bytes(v.seed, text)); ok && t.text == string(text) {
+	if t, ok := v.texts.Get(maphash.Bytes(v.seed, text)); ok && t.text == string(text) {
 		return t.chain, nil
 	}
 	ders, err := decodePEM(text)
@@ -237,7 +238,7 @@ func (v *Verifier) chain(text []byte, c *Collateral) (*pckChain, *Error) {
 		h.Write(sum[:])
 	}
 	id := [32]byte(h.Sum(nil))
-	if known, ok := v.chains.get(id); ok {
+	if known, ok := v.chains.Get(id); ok {
 		return known, nil
 	}
 	chain, err := v.verifyChain(ders, c)
@@ -247,7 +248,7 @@ func (v *Verifier) chain(text []byte, c *Collateral) (*pckChain, *Error) {
 		}
 		return nil, &Error{Code: "pck_chain", Stage: stagePCK, Err: err}
 	}
-	v.chains.add(id, chain)
+	v.chains.Add(id, chain)
 	return chain, nil
 }
 
@@ -293,7 +294,7 @@ func (v *Verifier) intermediate(der []byte, root *x509.Certificate, pin [32]byte
 		return c.issuer, nil
 	}
 	id := sha256.Sum256(append(append(make([]byte, 0, len(der)+len(pin)), der...), pin[:]...))
-	if known, ok := v.intermediates.get(id); ok {
+	if known, ok := v.intermediates.Get(id); ok {
 		return known, nil
 	}
 	ca, err := parseCertificate(der)
@@ -303,7 +304,7 @@ func (v *Verifier) intermediate(der []byte, root *x509.Certificate, pin [32]byte
 	if err := checkIssued(ca, root); err != nil {
 		return nil, err
 	}
-	v.intermediates.add(id, ca)
+	v.intermediates.Add(id, ca)
 	return ca, nil
 }
 
@@ -349,13 +350,13 @@ func (v *Verifier) judge(q *measure.Quote, a *attestation, c *Collateral) (*verd
 		collateral: c.sha256, leaf: a.chain.pck.SHA256, bodyType: q.BodyType, svn: b.TEETCBSVN, svn2: b.TEETCBSVN2,
 		seamSigner: b.MRSignerSEAM, seamAttributes: b.SEAMAttributes, qe: *a.qe,
 	}
-	if known, ok := v.verdicts.get(key); ok {
+	if known, ok := v.verdicts.Get(key); ok {
 		return known, nil
 	}
 	verdict, err := c.judge(a.chain.pck, b, q.BodyType, a.qe)
 	if err != nil {
 		return nil, err
 	}
-	v.verdicts.add(key, verdict)
+	v.verdicts.Add(key, verdict)
 	return verdict, nil
 }
