@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,9 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/BurntSushi/toml"
-
 	"tdx-agent/measure"
+	"tdx-agent/remote/tomlfile"
 )
 
 const (
@@ -100,46 +97,13 @@ func loadConfig(path string) (*Config, error) {
 }
 
 func (c *Config) decode(path string, b []byte) error {
-	meta, err := toml.Decode(string(b), c)
-	if pe := (toml.ParseError{}); errors.As(err, &pe) {
-		return fmt.Errorf("%s: %s", path, pe.ErrorWithUsage())
-	}
-	if err != nil {
-		return fmt.Errorf("%s: %v", path, err)
-	}
-	var unknown []error
-	for _, key := range meta.Undecoded() {
-		unknown = append(unknown, fmt.Errorf("%s:%d: unknown key %q; agent.toml.example lists every key", path, lineOf(b, key), key))
-	}
-	if len(unknown) > 0 {
-		return errors.Join(unknown...)
+	if err := tomlfile.Decode(path, b, c, "agent.toml.example lists every key", nil); err != nil {
+		return err
 	}
 	if err := c.check(); err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	return nil
-}
-
-// lineOf finds the line that sets key, since the decoder does not tell.
-func lineOf(b []byte, key toml.Key) int {
-	table, name := strings.Join(key[:len(key)-1], "."), key[len(key)-1]
-	var in string
-	s := bufio.NewScanner(bytes.NewReader(b))
-	for line := 1; s.Scan(); line++ {
-		text := strings.TrimSpace(s.Text())
-		if h, ok := strings.CutPrefix(text, "["); ok {
-			in = strings.Trim(h, "[] ")
-			if in == key.String() {
-				return line
-			}
-			continue
-		}
-		left, _, ok := strings.Cut(text, "=")
-		if left = strings.Trim(strings.TrimSpace(left), `"'`); ok && (in == table && left == name || in == "" && left == key.String()) {
-			return line
-		}
-	}
-	return 0
 }
 
 func (c *Config) check() error {

@@ -262,6 +262,17 @@ func (c *Collateral) ValidFrom() time.Time { return c.from }
 // notAfter.
 func (c *Collateral) ValidUntil() time.Time { return c.until }
 
+// oldest returns the earliest date of issue of what is issued every month.
+func (c *Collateral) oldest() time.Time {
+	t := c.tcb.issued
+	for _, other := range []time.Time{c.qe.issued, c.pckCRL.issued} {
+		if other.Before(t) {
+			t = other
+		}
+	}
+	return t
+}
+
 // EvaluationNumbers returns tcbEvaluationDataNumber of the TCB info and of the QE
 // identity. They may differ in a genuine bundle.
 func (c *Collateral) EvaluationNumbers() (tcb, qe int) { return c.tcb.evaluation, c.qe.evaluation }

@@ -16,17 +16,24 @@ type Report struct {
 	QuoteSHA256   [32]byte // without trailing bytes. No replay key: see the package
 	TrailingBytes int      // behind the quote, which no signature covers
 
-	PCK PCK
-	QE  QEReport
+	PCK  PCK
+	QE   QEReport
+	Root [32]byte // SHA-256 of the root certificate that the PCK chain ends in
 
 	// The TCB levels of platform, TDX module and quoting enclave, and the merged
 	// one: status by Intel's convergence, the earliest date, every advisory once.
 	Platform, Module, QEStatus, Merged TCB
-	NewestTCBDate                      time.Time  // tcbDate of the newest platform level
-	ShortSVNs                          []ShortSVN // what is below the newest levels
+	// NewestTCBDate is the tcbDate of the newest level of what is out of date, the
+	// earliest where that is more than one of platform, module and quoting enclave:
+	// since then something newer could have been there. If nothing is out of date it
+	// is that of the platform.
+	NewestTCBDate time.Time
+	ShortSVNs     []ShortSVN // what is below the newest levels
 
 	EvaluationTCB, EvaluationQE     int // tcbEvaluationDataNumber
 	CollateralFrom, CollateralUntil time.Time
+	CollateralIssued                time.Time // of the oldest of TCB info, QE identity and PCK CRL
+	CollateralSHA256                [32]byte  // of the bundle
 	// StaleSince is when the collateral ended, if it was used beyond that within
 	// Config.StaleGrace. Else zero.
 	StaleSince time.Time
@@ -38,11 +45,11 @@ type Report struct {
 func report(quote []byte, q *measure.Quote, a *attestation, c *Collateral, v *verdict, stale time.Time, opinion string) *Report {
 	return &Report{
 		Quote: q, QuoteSHA256: sha256.Sum256(quote[:len(quote)-len(q.Trailing)]), TrailingBytes: len(q.Trailing),
-		PCK: *a.chain.pck, QE: *a.qe,
+		PCK: *a.chain.pck, QE: *a.qe, Root: a.chain.pin,
 		Platform: v.platform.clone(), Module: v.module.clone(), QEStatus: v.qe.clone(), Merged: v.merged.clone(),
-		NewestTCBDate: c.tcb.levels[0].tcb.Date, ShortSVNs: slices.Clone(v.short),
+		NewestTCBDate: v.newest, ShortSVNs: slices.Clone(v.short),
 		EvaluationTCB: c.tcb.evaluation, EvaluationQE: c.qe.evaluation,
-		CollateralFrom: c.from, CollateralUntil: c.until, StaleSince: stale,
+		CollateralFrom: c.from, CollateralUntil: c.until, CollateralIssued: c.oldest(), CollateralSHA256: c.sha256, StaleSince: stale,
 		SecondOpinion: opinion,
 	}
 }

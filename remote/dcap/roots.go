@@ -35,6 +35,40 @@ func IntelRoots() *Roots {
 	return &Roots{pins: [][32]byte{intelRoot}, name: intelRootName}
 }
 
+// IntelRoot returns the SHA-256 of the DER of Intel's production SGX Root CA.
+func IntelRoot() [32]byte { return intelRoot }
+
+// PinnedRoots trusts the root certificates whose DER has one of these SHA-256 values,
+// at most 8 of them. Chains carry the certificates themselves.
+func PinnedRoots(pins ...[32]byte) (*Roots, error) {
+	if len(pins) == 0 || len(pins) > maxRoots {
+		return nil, fmt.Errorf("dcap: roots: %d pins, want 1 to %d", len(pins), maxRoots)
+	}
+	r := &Roots{pins: slices.Clone(pins)}
+	var names []string
+	for _, pin := range pins {
+		names = append(names, RootName(pin))
+	}
+	r.name = strings.Join(names, ", ")
+	return r, nil
+}
+
+// Pins returns the SHA-256 of the DER of each root.
+func (r *Roots) Pins() [][32]byte {
+	if r == nil {
+		return nil
+	}
+	return slices.Clone(r.pins)
+}
+
+// RootName says which root has this SHA-256, for people.
+func RootName(pin [32]byte) string {
+	if pin == intelRoot {
+		return intelRootName
+	}
+	return "a root that is not Intel's, SHA-256 " + hex.EncodeToString(pin[:8])
+}
+
 // NewRoots trusts the 1 to 8 root certificates in these PEM bytes instead of Intel's:
 // those of a simulated TD, for one. Whoever has a root's key can sign any quote.
 func NewRoots(pemBytes []byte) (*Roots, error) {

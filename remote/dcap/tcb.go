@@ -61,6 +61,7 @@ type ShortSVN struct {
 // verdict is what a collateral says of one platform, TDX module and quoting enclave.
 type verdict struct {
 	platform, module, qe, merged TCB
+	newest                       time.Time // see Report.NewestTCBDate
 	short                        []ShortSVN
 }
 
@@ -92,8 +93,29 @@ func (c *Collateral) judge(pck *PCK, body *measure.TDBody, bodyType uint16, qe *
 		}
 	}
 	v.merged = merge(converge(status, v.qe.Status), &v.platform, &v.module, &v.qe)
+	v.newest = c.newestOf(v, module)
 	v.short = c.shortSVNs(pck, body, module, qe)
 	return v, nil
+}
+
+// newestOf is Report.NewestTCBDate.
+func (c *Collateral) newestOf(v *verdict, module *moduleIdentity) (date time.Time) {
+	platform := c.tcb.levels[0].tcb.Date
+	consider := func(status Status, newest time.Time) {
+		isOld := status == OutOfDate || status == OutOfDateConfigurationNeeded
+		if isOld && (date.IsZero() || newest.Before(date)) {
+			date = newest
+		}
+	}
+	consider(v.platform.Status, platform)
+	if module.id != "" {
+		consider(v.module.Status, module.levels[0].tcb.Date)
+	}
+	consider(v.qe.Status, c.qe.levels[0].tcb.Date)
+	if date.IsZero() {
+		date = platform
+	}
+	return date
 }
 
 // moduleOf returns the identity of the TDX module, whose version is byte 1 of
