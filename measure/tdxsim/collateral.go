@@ -42,11 +42,11 @@ func (td *TD) Collateral() ([]byte, error) {
 	if c.Revoked {
 		revokedByCA = append(revokedByCA, p.pki.pck.SerialNumber)
 	}
-	rootCRL, err := revocationList(root, p.pki.rootKey, c.RootCRL.or(today, 365), revokedByRoot...)
+	rootCRL, err := revocationList(root, p.pki.rootKey, c.RootCRL.or(today, 365), c.CRLNumber, revokedByRoot...)
 	if err != nil {
 		return nil, err
 	}
-	pckCRL, err := revocationList(ca, p.pki.caKey, c.PCKCRL.or(today, 30), revokedByCA...)
+	pckCRL, err := revocationList(ca, p.pki.caKey, c.PCKCRL.or(today, 30), c.CRLNumber, revokedByCA...)
 	if err != nil {
 		return nil, err
 	}

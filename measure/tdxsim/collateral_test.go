@@ -150,7 +150,7 @@ func TestCollateralStatus(t *testing.T) {
 		QEStatus: "SWHardeningNeeded", QEAdvisories: []string{"INTEL-SA-00003"},
 		EvaluationNumber: 21, QEEvaluationNumber: 19,
 		Revoked: true, RevokedCA: true, RevokedSigner: true,
-		TCBInfo: window, PCKCRL: window,
+		TCBInfo: window, PCKCRL: window, CRLNumber: 57,
 		FMSPC: [6]byte{0xab, 0xcd},
 	})
 	c := readCollateral(t, td)
@@ -170,6 +170,9 @@ func TestCollateralStatus(t *testing.T) {
 		if l.at == 1 && l.list[0].Status != "UpToDate" {
 			t.Errorf("newest level is %s", l.list[0].Status)
 		}
+	}
+	if c.rootCRL.Number.Int64() != 57 || c.pckCRL.Number.Int64() != 57 {
+		t.Errorf("CRL numbers %v, %v", c.rootCRL.Number, c.pckCRL.Number)
 	}
 	if c.tcb.Number != 21 || c.qe.Number != 19 || c.tcb.FMSPC != "ABCD00000000" {
 		t.Errorf("numbers %d, %d, FMSPC %s", c.tcb.Number, c.qe.Number, c.tcb.FMSPC)

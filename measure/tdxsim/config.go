@@ -48,6 +48,9 @@ type Config struct {
 	// QE identity. Zero: 20, and as EvaluationNumber.
 	EvaluationNumber, QEEvaluationNumber int
 
+	// CRLNumber is the number of both CRLs. Zero: 1.
+	CRLNumber int64
+
 	// EditTCBInfo and EditQEIdentity change the text of a document before it is
 	// signed, for documents that no honest issuer would sign. They hold for the TD
 	// that New returns, not for a later Open.

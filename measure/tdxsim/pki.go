@@ -132,10 +132,10 @@ func pemChain(chain ...*x509.Certificate) []byte {
 	return b.Bytes()
 }
 
-// revocationList is a CRL of this issuer with these serial numbers in it.
-func revocationList(issuer *x509.Certificate, key *ecdsa.PrivateKey, valid Window, revoked ...*big.Int) ([]byte, error) {
+// revocationList is a CRL of this issuer, of this number, with these serial numbers in it.
+func revocationList(issuer *x509.Certificate, key *ecdsa.PrivateKey, valid Window, number int64, revoked ...*big.Int) ([]byte, error) {
 	list := &x509.RevocationList{
-		Number: big.NewInt(1), ThisUpdate: valid.From, NextUpdate: valid.Until,
+		Number: big.NewInt(max(number, 1)), ThisUpdate: valid.From, NextUpdate: valid.Until,
 		SignatureAlgorithm: x509.ECDSAWithSHA256,
 	}
 	for _, serial := range revoked {

@@ -273,6 +273,23 @@ func (c *Collateral) oldest() time.Time {
 	return t
 }
 
+// UsableUntil returns the last moment at which a [Verifier] of this StaleGrace uses
+// the collateral: certificates get no grace.
+func (c *Collateral) UsableUntil(grace time.Duration) time.Time {
+	grace = min(max(grace, 0), MaxStaleGrace)
+	var until time.Time
+	for _, w := range c.windows {
+		end := w.until
+		if w.document {
+			end = end.Add(grace)
+		}
+		if until.IsZero() || end.Before(until) {
+			until = end
+		}
+	}
+	return until
+}
+
 // EvaluationNumbers returns tcbEvaluationDataNumber of the TCB info and of the QE
 // identity. They may differ in a genuine bundle.
 func (c *Collateral) EvaluationNumbers() (tcb, qe int) { return c.tcb.evaluation, c.qe.evaluation }

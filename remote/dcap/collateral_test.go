@@ -319,6 +319,13 @@ func TestTimes(t *testing.T) {
 			_, err = at(narrow.Until.Add(time.Second))
 			wantCode(t, err, name+"_expired")
 
+			usable := narrow.Until
+			if c.document {
+				usable = usable.Add(dcap.MaxStaleGrace)
+			}
+			if u := collateral.UsableUntil(1000 * time.Hour); !u.Equal(usable) || !collateral.UsableUntil(0).Equal(narrow.Until) {
+				t.Errorf("usable until %v, want %v", u, usable)
+			}
 			lenient := dcap.NewVerifier(dcap.Config{Roots: s.roots, StaleGrace: 1000 * time.Hour})
 			r, err := lenient.Verify(context.Background(), s.quote, collateral, narrow.Until.Add(dcap.MaxStaleGrace))
 			if c.document && (err != nil || !r.StaleSince.Equal(narrow.Until)) {
