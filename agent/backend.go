@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"os"
 
+	"github.com/google/renameio/v2"
+
 	"tdx-agent/measure"
 	"tdx-agent/measure/tdxsim"
 	"tdx-agent/measure/tsm"
@@ -25,6 +27,7 @@ type backend struct {
 	boot           []measure.Event // from the CCEL; nil if there is none
 	notes          []string
 	close          func() error
+	td             *tdxsim.TD // nil if the TD is real
 }
 
 func kernelPaths(cfg *Config) tsm.Paths {
@@ -84,9 +87,22 @@ func openSimulated(cfg *Config, dir runtimeDir) (*backend, error) {
 		td.Close()
 		return nil, fmt.Errorf("simulated TD: %w", err)
 	}
-	b := &backend{quoter: reports, registers: td, quoteSource: "configfs-tsm", registerSource: "sysfs", canExtend: true, simulated: true,
+	b := &backend{quoter: reports, registers: td, quoteSource: "configfs-tsm", registerSource: "sysfs", canExtend: true, simulated: true, td: td,
 		close: func() error { return errors.Join(reports.Close(), td.Close()) }}
 	return b, b.parseCCEL(td.CCEL())
+}
+
+// publishSimulated leaves beside the sockets what a verifier needs to judge the
+// simulated TD's quotes today: its root certificate and its collateral.
+func (b *backend) publishSimulated(dir runtimeDir) error {
+	if b.td == nil {
+		return nil
+	}
+	bundle, err := b.td.Collateral()
+	if err != nil {
+		return err
+	}
+	return errors.Join(renameio.WriteFile(dir.simulatedRoot(), b.td.RootPEM(), 0o600), renameio.WriteFile(dir.simulatedCollateral(), bundle, 0o600))
 }
 
 // rebootSimulated starts a fresh boot of the simulated TD, if there is one.

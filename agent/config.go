@@ -97,7 +97,8 @@ func loadConfig(path string) (*Config, error) {
 }
 
 func (c *Config) decode(path string, b []byte) error {
-	if err := tomlfile.Decode(path, b, c, "agent.toml.example lists every key", nil); err != nil {
+	file := tomlfile.File{Path: path, Hint: "agent.toml.example lists every key"}
+	if err := file.Decode(b, c); err != nil {
 		return err
 	}
 	if err := c.check(); err != nil {

@@ -42,6 +42,7 @@ func TestExampleHoldsEveryDefault(t *testing.T) {
 func TestBadConfig(t *testing.T) {
 	for _, tc := range []struct{ name, text, want string }{
 		{"unknown key", "[boot]\n\nersa = \"0.3\"\n", `agent.toml:3: unknown key "boot.ersa"`},
+		{"key in upper case", "[compat]\nfull_access = false\nFULL_ACCESS = true\n", `agent.toml:3: unknown key "compat.FULL_ACCESS"`},
 		{"unknown table", "# x\n[bot]\nera = \"0.3\"\n", `agent.toml:2: unknown key "bot"`},
 		{"wrong type", "[compat]\nfull_access = 1\n", "full_access"},
 		{"syntax", "on_foreign_extend = refuse\n", "line 1"},

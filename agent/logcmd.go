@@ -2,12 +2,10 @@ package main
 
 import (
 	"context"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 
@@ -146,56 +144,22 @@ func replayLive(cmd *cobra.Command, doc *logDocument) error {
 }
 
 func replayFile(cmd *cobra.Command, path string) error {
-	f, err := os.Open(path)
+	b, err := readInput(path)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	b, err := readLimited(f, path, maxReply)
-	if err != nil {
-		return err
+	ev, err := parseEvidence(b)
+	if err == nil && len(ev.Events) == 0 {
+		err = errors.New("no event_log in it; want an answer of GetQuote")
 	}
-	quote, events, err := parsePair(b)
 	if err != nil {
 		return withExit(exitEvidence, fmt.Errorf("%s: %w", path, err))
 	}
-	return replayAgainst(cmd, events, quote.Body.RTMR, false, exitEvidence)
-}
-
-// parsePair finds quote and event log in an answer of GetQuote, or in a report of an
-// application that carries both under one of the names in use.
-func parsePair(b []byte) (*measure.Quote, []measure.Event, error) {
-	var doc map[string]json.RawMessage
-	if err := json.Unmarshal(b, &doc); err != nil {
-		return nil, nil, fmt.Errorf("%v; want an answer of GetQuote", err)
-	}
-	var text string
-	raw, log := either(doc, "quote", "intel_quote"), either(doc, "event_log", "eventLog")
-	if raw == nil || log == nil {
-		return nil, nil, errors.New("no quote or no event_log in it; want an answer of GetQuote")
-	}
-	if err := json.Unmarshal(raw, &text); err != nil {
-		return nil, nil, fmt.Errorf("quote: %v", err)
-	}
-	bin, err := hex.DecodeString(strings.TrimPrefix(text, "0x"))
+	quote, err := measure.ParseQuote(ev.Quote)
 	if err != nil {
-		return nil, nil, fmt.Errorf("quote: %v", err)
+		return withExit(exitEvidence, fmt.Errorf("%s: %w", path, err))
 	}
-	quote, err := measure.ParseQuote(bin)
-	if err != nil {
-		return nil, nil, err
-	}
-	events, err := measure.ParseEventLog(log)
-	return quote, events, err
-}
-
-func either(doc map[string]json.RawMessage, names ...string) json.RawMessage {
-	for _, n := range names {
-		if v, ok := doc[n]; ok {
-			return v
-		}
-	}
-	return nil
+	return replayAgainst(cmd, ev.Events, quote.Body.RTMR, false, exitEvidence)
 }
 
 func replayAgainst(cmd *cobra.Command, events []measure.Event, regs [4]measure.Digest, simulated bool, code int) error {

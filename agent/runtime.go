@@ -20,8 +20,14 @@ func (d runtimeDir) ccel() string            { return d.path("log/ccel") }
 func (d runtimeDir) agentKey() string        { return d.path("log/agent.key") }
 func (d runtimeDir) seed() string            { return d.path("log/instance-id-seed") }
 func (d runtimeDir) td() string              { return d.path("td") }
-func (d runtimeDir) agentSocket() string     { return d.path("agent.sock") }
-func (d runtimeDir) adminSocket() string     { return d.path("admin.sock") }
+func (d runtimeDir) simulatedRoot() string {
+	return d.path("simulated-root.pem")
+}
+func (d runtimeDir) simulatedCollateral() string {
+	return d.path("simulated-collateral.json")
+}
+func (d runtimeDir) agentSocket() string { return d.path("agent.sock") }
+func (d runtimeDir) adminSocket() string { return d.path("admin.sock") }
 
 // serverRuntimeDir returns the folder for a process that serves or measures, made
 // where that is its business.

@@ -53,6 +53,9 @@ func serve(ctx context.Context, o serveOptions, stderr io.Writer) error {
 		return err
 	}
 	defer b.close()
+	if err := b.publishSimulated(dir); err != nil {
+		return err
+	}
 	ledger, err := openLedger(ctx, cfg, dir, b)
 	if err != nil {
 		return err
@@ -165,7 +168,8 @@ func (d *daemon) announce(stderr io.Writer, listeners map[string]net.Listener) {
 		if d.dir != simulatedDir() {
 			where = " --runtime-dir " + string(d.dir)
 		}
-		fmt.Fprintf(stderr, "\n*** SIMULATED TD: its quotes prove nothing ***\nTry:\n  curl --unix-socket %s 'http://localhost/GetQuote?report_data=1234'\n  tdx-agent status%s\n\n", listeners[socketDstack].Addr(), where)
+		fmt.Fprintf(stderr, "\n*** SIMULATED TD: its quotes prove nothing ***\nTry:\n  curl --unix-socket %s 'http://localhost/GetQuote?report_data=1234' > quote.json\n  tdx-agent verify --quote quote.json --report-data 1234 --root %s --collateral %s\n  tdx-agent status%s\n\n",
+			listeners[socketDstack].Addr(), d.dir.simulatedRoot(), d.dir.simulatedCollateral(), where)
 	}
 }
 

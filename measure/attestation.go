@@ -1,6 +1,8 @@
 package measure
 
 import (
+	"crypto/sha512"
+	"crypto/subtle"
 	"errors"
 	"fmt"
 	"slices"
@@ -92,9 +94,36 @@ func EncodeAttestation(ev *Evidence, rd ReportData) ([]byte, error) {
 	return NewAttestation(ev, rd).Marshal()
 }
 
-// Evidence returns the attestation's content as Evidence.
-func (a *Attestation) Evidence() *Evidence {
-	return &Evidence{Quote: a.Quote, Events: a.Events, VMConfig: a.VMConfig}
+// Evidence returns the attestation's content as Evidence. What stands in an
+// attestation twice must agree, or it is an error: the RTMR3 events of the two lists,
+// of which dstack replays one and shows the other; the report data and the quote's;
+// and with dstack-pod the text that report data were made from.
+func (a *Attestation) Evidence() (*Evidence, error) {
+	var runtime []Event
+	for i := range a.Events {
+		if a.Events[i].IMR == RTMR3 {
+			runtime = append(runtime, a.Events[i])
+		}
+	}
+	if len(runtime) != len(a.RuntimeEvents) {
+		return nil, fmt.Errorf("attestation: %d events of RTMR3 in one list, %d in the other", len(runtime), len(a.RuntimeEvents))
+	}
+	for i := range runtime {
+		if runtime[i].Digest != a.RuntimeEvents[i].Digest || !runtime[i].IsRuntime() {
+			return nil, fmt.Errorf("attestation: event %d of RTMR3, %q, is %q in the other list", i, runtime[i].Name, a.RuntimeEvents[i].Name)
+		}
+	}
+	q, err := ParseQuote(a.Quote)
+	if err != nil {
+		return nil, fmt.Errorf("attestation: %w", err)
+	}
+	if subtle.ConstantTimeCompare(q.Body.ReportData[:], a.ReportData[:]) != 1 {
+		return nil, fmt.Errorf("attestation: report data is %s, but the quote's is %s", a.ReportData, q.Body.ReportData)
+	}
+	if want := sha512.Sum512(append([]byte("app-data:"), a.Payload...)); a.Payload != nil && want != a.ReportData {
+		return nil, fmt.Errorf("attestation: report_data_payload gives the report data %x, but the quote's is %s", want, a.ReportData)
+	}
+	return &Evidence{Quote: a.Quote, Events: a.Events, VMConfig: a.VMConfig}, nil
 }
 
 // Marshal encodes the attestation in its version. It is an error if a list has more

@@ -231,7 +231,7 @@ func TestAttestationIsNotWritten(t *testing.T) {
 func TestEncodeAttestation(t *testing.T) {
 	for _, version := range []int{measure.AttestationV0, measure.AttestationV1} {
 		want := someAttestation(t, version)
-		b, err := measure.EncodeAttestation(want.Evidence(), want.ReportData)
+		b, err := measure.EncodeAttestation(contents(want), want.ReportData)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -239,8 +239,57 @@ func TestEncodeAttestation(t *testing.T) {
 		if err != nil || got.Version != version || got.ReportData != want.ReportData {
 			t.Fatalf("got %+v (%v), want version %d", got, err, version)
 		}
-		if diff := cmp.Diff(want.Evidence(), got.Evidence(), sameEvents); diff != "" {
+		if diff := cmp.Diff(contents(want), contents(got), sameEvents); diff != "" {
 			t.Error(diff)
+		}
+	}
+}
+
+// contents is Evidence of what stands in an attestation, agreeing or not.
+func contents(a *measure.Attestation) *measure.Evidence {
+	return &measure.Evidence{Quote: a.Quote, Events: a.Events, VMConfig: a.VMConfig}
+}
+
+// TestAttestationEvidence demands that what an attestation holds twice agrees.
+func TestAttestationEvidence(t *testing.T) {
+	real := func(t *testing.T) *measure.Attestation {
+		a := someAttestation(t, measure.AttestationV1)
+		a.Quote = simulatedQuotes(t)["v4"]
+		q, err := measure.ParseQuote(a.Quote)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.ReportData = q.Body.ReportData
+		return a
+	}
+	if ev, err := real(t).Evidence(); err != nil || len(ev.Events) == 0 || len(ev.Quote) == 0 {
+		t.Fatalf("an honest attestation: %v", err)
+	}
+	for name, tc := range map[string]struct {
+		want string
+		edit func(*measure.Attestation)
+	}{
+		"fewer in one list":   {"in the other", func(a *measure.Attestation) { a.RuntimeEvents = a.RuntimeEvents[1:] }},
+		"another event":       {"in the other list", func(a *measure.Attestation) { a.RuntimeEvents[0].Digest[0] ^= 1 }},
+		"another report data": {"report data is", func(a *measure.Attestation) { a.ReportData[63] ^= 1 }},
+		"another payload":     {"report_data_payload", func(a *measure.Attestation) { a.Stack, a.Payload = "dstack-pod", []byte("x") }},
+		"no quote":            {"attestation", func(a *measure.Attestation) { a.Quote = nil }},
+		"an event of no type": {"in the other list", func(a *measure.Attestation) { retype(a) }},
+	} {
+		a := real(t)
+		tc.edit(a)
+		if _, err := a.Evidence(); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: got %v, want %q in the error", name, err, tc.want)
+		}
+	}
+}
+
+// retype makes the first RTMR3 event of the list that is shown one of another type.
+func retype(a *measure.Attestation) {
+	for i := range a.Events {
+		if a.Events[i].IMR == measure.RTMR3 {
+			a.Events[i].Type = 1
+			return
 		}
 	}
 }
@@ -285,6 +334,9 @@ func checkAttestation(t *testing.T, f *fixture) {
 		if !bytes.Equal(a.Quote, f.quote(t)) {
 			t.Error("the quote inside is not the one beside it")
 		}
+	}
+	if _, err := a.Evidence(); err != nil {
+		t.Error(err)
 	}
 	b, err := a.Marshal()
 	if err != nil {

@@ -45,7 +45,7 @@ func FormatEventLog(events []Event, strip bool) ([]byte, error) {
 		b = append(b, `","event":"`...)
 		b = appendASCII(b, e.Name)
 		b = append(b, `","event_payload":"`...)
-		if !strip || e.IMR == RTMR3 || e.isACPIMarker() {
+		if !strip || e.IMR == RTMR3 || e.MeasuresACPI() {
 			b = hex.AppendEncode(b, e.Payload)
 		}
 		b = append(b, '"')
@@ -59,7 +59,10 @@ func FormatEventLog(events []Event, strip bool) ([]byte, error) {
 	return append(b, ']'), nil
 }
 
-func (e *Event) isACPIMarker() bool {
+// MeasuresACPI reports whether e has the form of the three RTMR0 events by which a
+// dstack guest's firmware measures QEMU's ACPI tables, and which alone of the boot log
+// stay in a certificate.
+func (e *Event) MeasuresACPI() bool {
 	return e.IMR == 0 && e.Type == acpiMarkerType && string(e.Payload) == acpiMarker
 }
 

@@ -282,3 +282,27 @@ func appKeysProviderOf(name string, o guestObject) (p KeyProvider, err error) {
 	}
 	return KeyProvider{}, fmt.Errorf("variant %q, want None, Local, Tpm or Kms", name)
 }
+
+// maxVMConfig bounds a vm_config that is looked into.
+const maxVMConfig = 256 << 10
+
+// OSImageHash returns the os_image_hash that a vm_config claims, 32 bytes; nil if it
+// has none, or is none. Nothing proves it.
+func OSImageHash(vmConfig string) []byte {
+	if vmConfig == "" || len(vmConfig) > maxVMConfig {
+		return nil
+	}
+	inner, err := unwrapVMConfig(vmConfig)
+	if err != nil {
+		return nil
+	}
+	o, err := parseGuestObject([]byte(inner))
+	if err != nil {
+		return nil
+	}
+	hash, err := o.hexMember("os_image_hash")
+	if err != nil || len(hash) != 32 {
+		return nil
+	}
+	return hash
+}

@@ -199,8 +199,38 @@ type Identity struct {
 	// Ready says that system-ready was measured. Without it nothing separates boot
 	// events from those of the application, except in dstack 0.3, which had none.
 	Ready bool
+	// Preparing and BootMRDone say that the two other marks of the boot are there.
+	Preparing, BootMRDone bool
 	// Late names the reserved events after system-ready. They count for nothing.
 	Late []string
+}
+
+// Has reports whether the log has an event of this name that counts for the identity.
+func (id *Identity) Has(name string) bool {
+	switch name {
+	case EventAppID:
+		return id.AppID != nil
+	case EventInstanceID:
+		return id.InstanceID != nil
+	case EventKeyProvider:
+		return id.KeyProvider != ""
+	case EventStorageFS:
+		return id.StorageFS != ""
+	case EventInitScriptHash:
+		return id.InitScriptHashes != nil
+	case EventGPUAttestation:
+		return id.GPUAttestation != nil
+	case EventAgentConfig:
+		return id.AgentConfig != nil
+	case EventSystemReady:
+		return id.Ready
+	case EventSystemPreparing:
+		return id.Preparing
+	case EventBootMRDone:
+		return id.BootMRDone
+	}
+	hash := id.hash(name)
+	return hash != nil && *hash != nil
 }
 
 // IdentityFinding is one contradiction in the identity events of a log.
@@ -268,7 +298,11 @@ func (id *Identity) take(e *Event) error {
 	case EventSystemReady:
 		id.Ready = true
 		return identityBytes(nil, e.Payload, 0)
-	case EventSystemPreparing, EventBootMRDone:
+	case EventSystemPreparing:
+		id.Preparing = true
+		return identityBytes(nil, e.Payload, 0)
+	case EventBootMRDone:
+		id.BootMRDone = true
 		return identityBytes(nil, e.Payload, 0)
 	case EventAppID:
 		return identityBytes(&id.AppID, e.Payload, 20)

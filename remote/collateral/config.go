@@ -48,8 +48,8 @@ type Config struct {
 	// is. It gives an attacker back every TCB and every PCK certificate that was
 	// revoked in the last 30 days.
 	AllowRollback bool
-	// StaleGrace must be that of the [dcap.Config], which judges: for so long a set
-	// is handed out after its end if there is no newer one. Zero: not at all. At
+	// StaleGrace must be that of the [dcap.Config], which judges, see
+	// [Store.StaleGrace]: for so long a set is handed out after its end if there is no newer one. Zero: not at all. At
 	// most [dcap.MaxStaleGrace].
 	StaleGrace time.Duration
 

@@ -117,6 +117,9 @@ func (s *Store) Known(fmspc [6]byte, ca string) *Set {
 	return h.set
 }
 
+// StaleGrace is that of the Config: the dcap.Verifier that judges needs the same.
+func (s *Store) StaleGrace() time.Duration { return s.cfg.StaleGrace }
+
 func (s *Store) lookup(p platform) *held {
 	s.mu.RLock()
 	defer s.mu.RUnlock()

@@ -58,3 +58,9 @@ func report(quote []byte, q *measure.Quote, a *attestation, c *Collateral, v *ve
 func (t *TCB) clone() TCB {
 	return TCB{Status: t.Status, Date: t.Date, Advisories: slices.Clone(t.Advisories)}
 }
+
+// PlatformAndModule merges platform and TDX module, without the quoting enclave: what
+// dcap-qvl calls the status of the platform.
+func (r *Report) PlatformAndModule() TCB {
+	return merge(converge(r.Platform.Status, r.Module.Status), &r.Platform, &r.Module)
+}

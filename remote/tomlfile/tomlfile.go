@@ -13,25 +13,48 @@ import (
 	"github.com/BurntSushi/toml"
 )
 
-// Decode decodes the text of a file into v. later, which may be nil, decodes what v
-// holds as toml.Primitive; whatever is unread after it is refused. hint ends the
-// message, as "agent.toml.example lists every key". Errors start with path.
-func Decode(path string, text []byte, v any, hint string, later func(toml.MetaData) error) error {
+// File is how a file is read.
+type File struct {
+	Path string // errors start with it
+	Hint string // ends the message about an unknown key: "agent.toml.example lists every key"
+	// Named is the table whose members have names of the author's choice, "" if there
+	// is none. All other keys are in lower case.
+	Named string
+	// Later, which may be nil, decodes what v holds as toml.Primitive. Whatever is
+	// unread after it is refused.
+	Later func(toml.MetaData) error
+}
+
+// Decode decodes the text of a file into v.
+func (f *File) Decode(text []byte, v any) error {
 	meta, err := toml.Decode(string(text), v)
-	if err == nil && later != nil {
-		err = later(meta)
+	if err == nil && f.Later != nil {
+		err = f.Later(meta)
 	}
 	if pe := (toml.ParseError{}); errors.As(err, &pe) {
-		return fmt.Errorf("%s: %s", path, pe.ErrorWithUsage())
+		return fmt.Errorf("%s: %s", f.Path, pe.ErrorWithUsage())
 	}
 	if err != nil {
-		return fmt.Errorf("%s: %w", path, err)
+		return fmt.Errorf("%s: %w", f.Path, err)
 	}
 	var unknown []error
-	for _, key := range meta.Undecoded() {
-		unknown = append(unknown, fmt.Errorf("%s:%d: unknown key %q; %s", path, lineOf(text, key), key, hint))
+	for _, key := range append(meta.Undecoded(), f.otherCase(meta)...) {
+		unknown = append(unknown, fmt.Errorf("%s:%d: unknown key %q; %s", f.Path, lineOf(text, key), key, f.Hint))
 	}
 	return errors.Join(unknown...)
+}
+
+// otherCase lists the keys that only the decoder takes for known, since it does not
+// tell upper from lower case: beside one in lower case, such a key could replace it
+// unseen.
+func (f *File) otherCase(meta toml.MetaData) (keys []toml.Key) {
+	for _, key := range meta.Keys() {
+		isName := len(key) == 2 && key[0] == f.Named
+		if last := key[len(key)-1]; !isName && last != strings.ToLower(last) {
+			keys = append(keys, key)
+		}
+	}
+	return keys
 }
 
 // lineOf finds the first line that sets key, since the decoder does not tell.

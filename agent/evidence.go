@@ -1,0 +1,236 @@
+package main
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"tdx-agent/measure"
+)
+
+// maxEvidence bounds a file of evidence: dstack's own bound of an attestation, in
+// hexadecimal.
+const maxEvidence = 21 << 20
+
+// evidenceFlags say where evidence is.
+type evidenceFlags struct {
+	quote, eventLog, vmConfig, attestation string
+}
+
+func (f *evidenceFlags) add(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.quote, "quote", "", "file with the quote: binary, hexadecimal, or JSON that holds it, as GetQuote's answer (- is standard input)")
+	cmd.Flags().StringVar(&f.eventLog, "event-log", "", "file with the event log: dstack's JSON or a binary CCEL (default: the one in --quote)")
+	cmd.Flags().StringVar(&f.vmConfig, "vm-config", "", "file with the vm_config (default: the one in --quote)")
+	cmd.Flags().StringVar(&f.attestation, "attestation", "", "file with a versioned attestation instead of all these: binary, hexadecimal, or JSON of Attest")
+}
+
+// read reads the evidence. What is no evidence has the exit status of that.
+func (f *evidenceFlags) read() (*measure.Evidence, error) {
+	if (f.quote == "") == (f.attestation == "") {
+		return nil, exitf(exitUsage, "give --quote or --attestation, and not both")
+	}
+	if f.attestation != "" && (f.eventLog != "" || f.vmConfig != "") {
+		return nil, exitf(exitUsage, "--attestation holds event log and vm_config: give no others")
+	}
+	path := f.quote + f.attestation
+	b, err := readInput(path)
+	if err != nil {
+		return nil, err
+	}
+	parse := parseEvidence
+	if f.attestation != "" {
+		parse = parseAttestation
+	}
+	ev, err := parse(b)
+	if err != nil {
+		return nil, withExit(exitEvidence, fmt.Errorf("%s: %w", path, err))
+	}
+	return ev, f.override(ev)
+}
+
+// override replaces what came with the quote by what was given apart.
+func (f *evidenceFlags) override(ev *measure.Evidence) error {
+	if f.eventLog != "" {
+		b, err := readInput(f.eventLog)
+		if err != nil {
+			return err
+		}
+		if ev.Events, err = parseEvents(b); err != nil {
+			return withExit(exitEvidence, fmt.Errorf("%s: %w", f.eventLog, err))
+		}
+		if len(ev.Events) == 0 {
+			return exitf(exitEvidence, "%s: an event log without events", f.eventLog)
+		}
+	}
+	if f.vmConfig != "" {
+		b, err := readInput(f.vmConfig)
+		if err != nil {
+			return err
+		}
+		ev.VMConfig = string(b)
+	}
+	return nil
+}
+
+func readInput(path string) ([]byte, error) {
+	if path == "-" {
+		return readLimited(os.Stdin, "standard input", maxEvidence)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return readLimited(io.Reader(f), path, maxEvidence)
+}
+
+// parseEvidence finds a quote, and with it an event log and a vm_config, in a file of
+// any form in use.
+func parseEvidence(b []byte) (*measure.Evidence, error) {
+	text := bytes.TrimSpace(b)
+	if len(text) == 0 {
+		return nil, errors.New("the file is empty")
+	}
+	switch text[0] {
+	case '{':
+		return evidenceOf(text)
+	case '[':
+		quote, err := byteArray(text)
+		return &measure.Evidence{Quote: quote}, err
+	}
+	return &measure.Evidence{Quote: unhexIfText(b)}, nil
+}
+
+// unhexIfText decodes hexadecimal digits, and leaves what is none as it is: a binary
+// quote starts with a byte that is no digit.
+func unhexIfText(b []byte) []byte {
+	text := bytes.TrimPrefix(bytes.TrimSpace(b), []byte("0x"))
+	if quote, err := hex.DecodeString(string(text)); err == nil {
+		return quote
+	}
+	return b
+}
+
+func byteArray(text []byte) ([]byte, error) {
+	var list []uint8Number
+	if err := json.Unmarshal(text, &list); err != nil {
+		return nil, fmt.Errorf("no array of bytes, %v; want an answer of GetQuote, or a quote", err)
+	}
+	b := make([]byte, len(list))
+	for i, n := range list {
+		b[i] = byte(n)
+	}
+	return b, nil
+}
+
+// uint8Number keeps encoding/json from reading an array of bytes as base64.
+type uint8Number uint8
+
+// evidenceOf reads an answer of GetQuote, or a report of an application that carries
+// quote and log under one of the names in use.
+func evidenceOf(text []byte) (*measure.Evidence, error) {
+	var doc map[string]json.RawMessage
+	if err := json.Unmarshal(text, &doc); err != nil {
+		return nil, fmt.Errorf("%v; want an answer of GetQuote", err)
+	}
+	if azure, ok := doc["td_quote"]; ok {
+		var s string
+		if err := json.Unmarshal(azure, &s); err != nil {
+			return nil, fmt.Errorf("td_quote: %v", err)
+		}
+		quote, err := base64.URLEncoding.DecodeString(s)
+		return &measure.Evidence{Quote: quote}, err
+	}
+	raw := either(doc, "quote", "intel_quote")
+	if raw == nil {
+		if doc["attestation"] != nil {
+			return parseAttestation(text)
+		}
+		return nil, errors.New("no quote in it; want an answer of GetQuote")
+	}
+	quote, err := hexString(raw)
+	if err != nil {
+		return nil, fmt.Errorf("quote: %v", err)
+	}
+	ev := &measure.Evidence{Quote: quote}
+	if log := either(doc, "event_log", "eventLog"); log != nil && string(log) != `""` {
+		if ev.Events, err = measure.ParseEventLog(log); err != nil {
+			return nil, err
+		}
+	}
+	if config := doc["vm_config"]; config != nil {
+		if err := json.Unmarshal(config, &ev.VMConfig); err != nil {
+			return nil, fmt.Errorf("vm_config: %v", err)
+		}
+	}
+	return ev, nil
+}
+
+func hexString(raw json.RawMessage) ([]byte, error) {
+	var s string
+	if err := json.Unmarshal(raw, &s); err != nil {
+		return nil, err
+	}
+	return hexText(s)
+}
+
+func hexText(s string) ([]byte, error) { return hex.DecodeString(strings.TrimPrefix(s, "0x")) }
+
+func either(doc map[string]json.RawMessage, names ...string) json.RawMessage {
+	for _, n := range names {
+		if v, ok := doc[n]; ok {
+			return v
+		}
+	}
+	return nil
+}
+
+// parseAttestation reads a versioned attestation.
+func parseAttestation(b []byte) (*measure.Evidence, error) {
+	if text := bytes.TrimSpace(b); len(text) > 0 && text[0] == '{' {
+		var doc map[string]json.RawMessage
+		if err := json.Unmarshal(text, &doc); err != nil {
+			return nil, fmt.Errorf("%v; want an answer of Attest", err)
+		}
+		var err error
+		if b, err = hexString(doc["attestation"]); err != nil {
+			return nil, fmt.Errorf("attestation: %v", err)
+		}
+	}
+	a, err := measure.ParseAttestation(unhexIfText(b))
+	if err != nil {
+		return nil, err
+	}
+	return a.Evidence()
+}
+
+// parseEvents reads an event log: dstack's JSON, a document that holds it, or a CCEL.
+func parseEvents(b []byte) ([]measure.Event, error) {
+	text := bytes.TrimSpace(b)
+	if len(text) == 0 {
+		return nil, errors.New("the file is empty")
+	}
+	switch text[0] {
+	case '[', '"':
+		return measure.ParseEventLog(text)
+	case '{':
+		var doc map[string]json.RawMessage
+		if err := json.Unmarshal(text, &doc); err != nil {
+			return nil, err
+		}
+		log := either(doc, "event_log", "eventLog")
+		if log == nil {
+			return nil, errors.New("no event_log in it")
+		}
+		return measure.ParseEventLog(log)
+	}
+	return measure.ParseCCEL(b)
+}

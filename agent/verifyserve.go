@@ -1,0 +1,167 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"tdx-agent/measure"
+	"tdx-agent/remote"
+)
+
+// Bounds of verify serve.
+const (
+	maxVerifyBody    = 2*(10<<20) + 4096 // an attestation of dstack's own bound, in hexadecimal
+	maxVerifications = 32                // at once; more are told to come back
+)
+
+func newVerifyServe() *cobra.Command {
+	var f verifierFlags
+	var listen string
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Serve dstack-verifier's HTTP API: POST /verify, GET /health",
+		Long: `Serve dstack-verifier's HTTP API. A request carries attestation, or quote with
+event_log and vm_config; the answer's is_valid is this program's verdict under the
+policy. The request does not say which report data it expects: compare report_data.
+There is no TLS and no authorisation: keep it on a loopback address, or behind a proxy.`,
+		Example: "  tdx-agent verify serve --policy policy.toml --listen 127.0.0.1:8080",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if f.policy == "" {
+				return exitf(exitUsage, "verify serve needs --policy")
+			}
+			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
+			v, store, err := f.verifier(log)
+			if err != nil {
+				return err
+			}
+			l, err := new(net.ListenConfig).Listen(cmd.Context(), "tcp", listen)
+			if err != nil {
+				return err
+			}
+			for _, n := range v.Policy().Loosened() {
+				log.Warn("policy", "note", n)
+			}
+			log.Info("serving", "address", l.Addr().String(), "policy", v.Policy().ID, "simulated", v.Policy().Simulated())
+			group, ctx := errgroup.WithContext(cmd.Context())
+			group.Go(func() error { return store.Run(ctx) })
+			group.Go(func() error { return serveHTTP(ctx, newHTTPServer(verifyHandler(v)), l) })
+			if err := group.Wait(); cmd.Context().Err() == nil {
+				return err
+			}
+			return nil
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:8080", "address to listen on")
+	return cmd
+}
+
+// serveHTTP serves until ctx ends; requests then have a moment to finish.
+func serveHTTP(ctx context.Context, s *http.Server, l net.Listener) error {
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	stop, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	err := s.Shutdown(stop)
+	<-done
+	return err
+}
+
+// verifyRequest is dstack-verifier's request: attestation, or the other three.
+type verifyRequest struct {
+	Attestation *string `json:"attestation"`
+	Quote       *string `json:"quote"`
+	EventLog    *string `json:"event_log"`
+	VMConfig    *string `json:"vm_config"`
+	Debug       bool    `json:"debug"`
+}
+
+func verifyHandler(v *remote.Verifier) http.Handler {
+	slots := make(chan struct{}, maxVerifications)
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
+		reply(w, http.StatusOK, map[string]string{"status": "ok", "service": "dstack-verifier"})
+	})
+	mux.HandleFunc("POST /verify", func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+		default:
+			w.Header().Set("Retry-After", "1")
+			http.Error(w, "busy", http.StatusServiceUnavailable)
+			return
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), 25*time.Second)
+		defer cancel()
+		answer, status := verifyOne(ctx, v, http.MaxBytesReader(w, r.Body, maxVerifyBody))
+		reply(w, status, answer)
+	})
+	return mux
+}
+
+// verifyOne answers one request. What cannot be judged is not valid, with the reason.
+func verifyOne(ctx context.Context, v *remote.Verifier, body io.Reader) (any, int) {
+	ev, err := readVerifyRequest(body)
+	if err != nil {
+		return refusedVerdict(err), http.StatusOK
+	}
+	r, err := appraise(ctx, v, ev, remote.Expect{AnyReportData: true})
+	if err != nil {
+		return refusedVerdict(err), http.StatusOK
+	}
+	full := makeVerdict(r)
+	full.Reason = full.dstack().Reason
+	return full, http.StatusOK
+}
+
+func refusedVerdict(err error) *dstackVerdict {
+	reason := "Quote verification failed: " + err.Error()
+	return &dstackVerdict{Reason: &reason, Details: verdictDetails{TEEVariant: "dstack-tdx", AdvisoryIDs: []string{}}}
+}
+
+func readVerifyRequest(body io.Reader) (*measure.Evidence, error) {
+	var req verifyRequest
+	d := json.NewDecoder(body)
+	if err := d.Decode(&req); err != nil {
+		return nil, fmt.Errorf("request: %v", err)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, errors.New("request: something follows the JSON object")
+	}
+	if req.Attestation != nil {
+		b, err := hexText(*req.Attestation)
+		if err != nil {
+			return nil, fmt.Errorf("attestation: %v", err)
+		}
+		a, err := measure.ParseAttestation(b)
+		if err != nil {
+			return nil, err
+		}
+		return a.Evidence()
+	}
+	if req.Quote == nil || req.EventLog == nil || req.VMConfig == nil {
+		return nil, errors.New("request: want attestation, or quote, event_log and vm_config")
+	}
+	quote, err := hexText(*req.Quote)
+	if err != nil {
+		return nil, fmt.Errorf("quote: %v", err)
+	}
+	events, err := measure.ParseEventLog([]byte(*req.EventLog))
+	return &measure.Evidence{Quote: quote, Events: events, VMConfig: *req.VMConfig}, err
+}
