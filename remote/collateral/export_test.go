@@ -24,3 +24,14 @@ func FloorOf(n int, at time.Time) ([]byte, error) {
 	}
 	return m.encode()
 }
+
+// Waiting is how many callers wait for fetches.
+func (s *Store) Waiting() int {
+	s.flightsMu.Lock()
+	defer s.flightsMu.Unlock()
+	n := 0
+	for _, f := range s.flights {
+		n += f.waiting
+	}
+	return n
+}

@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"tdx-agent/remote/dcap"
 )
@@ -112,7 +111,7 @@ func (s *Store) Reload() error {
 // because the network outruns every file in time: it is remembered for the error that
 // says that there is nothing else.
 func (s *Store) admitFile(set *Set) error {
-	err := s.admit(set, time.Time{}, func() {})
+	err := s.admit(set, true, nil)
 	behind, ok := errors.AsType[*Error](err)
 	if !ok || behind.Code != "rolled_back" {
 		return err
@@ -140,7 +139,7 @@ func (s *Store) loadCache() error {
 			err = fileError(name, errors.New("the name is not that of the platform"))
 		}
 		if err == nil {
-			err = s.admit(set, s.cfg.Now(), func() {})
+			err = s.admit(set, false, nil)
 		}
 		if e, ok := errors.AsType[*Error](err); ok && e.Code != "file" && e.Code != "rolled_back" {
 			return err

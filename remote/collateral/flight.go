@@ -169,7 +169,7 @@ func (s *Store) fetchFrom(ctx context.Context, src *source, p platform) (*Set, e
 	if err := outside(set, s.cfg.Now()); err != nil {
 		return nil, err
 	}
-	if err := s.admit(set, s.cfg.Now(), func() { s.save(p, bundle) }); err != nil {
+	if err := s.admit(set, false, func() { s.save(p, bundle) }); err != nil {
 		return nil, err
 	}
 	return set, nil

@@ -181,7 +181,7 @@ func (f *floor) check(k floorKey, documents [4]dcap.Document) *Error {
 }
 
 // raise raises the floor to these documents, if they are not behind it or behind is
-// allowed. Other processes' marks are taken in first. save is called before the floor
+// allowed. Other processes' marks are taken in first. save, unless nil, is called before the floor
 // rises, so that a set which raised the floor can be found again.
 func (f *floor) raise(k floorKey, documents [4]dcap.Document, allowBehind bool, save func()) error {
 	f.mu.Lock()
@@ -211,7 +211,9 @@ func (f *floor) raise(k floorKey, documents [4]dcap.Document, allowBehind bool, 
 	if len(merged) > maxPlatforms {
 		return &Error{Code: "floor_full", Got: fmt.Sprint(len(merged), " platforms"), Want: fmt.Sprint("at most ", maxPlatforms), Hint: "the store has met more platforms than there are: look at where they came from"}
 	}
-	save()
+	if save != nil {
+		save()
+	}
 	if f.state != nil {
 		if err := f.state.writeFloor(merged); err != nil {
 			return err

@@ -46,7 +46,17 @@ func (s *Store) refresh(ctx context.Context, p platform) {
 	}
 }
 
-// nextRefresh says when to fetch what replaces h.
+// firstRefresh says when to fetch what replaces h, which was just read or fetched. What
+// was read in the second half of its time is due: it may be long since a server was
+// asked.
+func (s *Store) firstRefresh(h *held, isRead bool, now time.Time) time.Time {
+	if isRead && !now.Before(h.from.Add(h.until.Sub(h.from)/2)) {
+		return now.Add(s.cfg.Jitter(time.Minute))
+	}
+	return s.nextRefresh(h, now)
+}
+
+// nextRefresh says when to fetch what replaces h, after a fetch.
 func (s *Store) nextRefresh(h *held, now time.Time) time.Time {
 	half, daily := h.from.Add(h.until.Sub(h.from)/2), h.until.Add(-lastDays)
 	at := now.Add(time.Hour)

@@ -37,7 +37,8 @@ type held struct {
 	set         *Set
 	from, until time.Time // when the set is valid
 	usable      time.Time // until, with grace
-	fetched     time.Time // or read from the cache. Zero: from a file
+	isFile      bool
+	since       time.Time // when the set became known
 	due         time.Time // when to fetch the next. Guarded by Store.mu
 }
 
@@ -220,20 +221,20 @@ func (s *Store) checkFloor(set *Set) error {
 }
 
 // admit makes a set of a configured source known and raises the floor to it. A set
-// that is not valid yet raises nothing. fetched is zero for a file's set, which is not
-// evicted. save puts the set into the cache.
-func (s *Store) admit(set *Set, fetched time.Time, save func()) error {
+// that is not valid yet raises nothing. save puts a fetched set into the cache, and is
+// nil for others. Sets of files are not evicted.
+func (s *Store) admit(set *Set, isFile bool, save func()) error {
 	if err := s.checkFloor(set); err != nil {
 		return err
 	}
 	now, c := s.cfg.Now(), set.Collateral
-	h := &held{set: set, fetched: fetched, from: c.ValidFrom(), until: c.ValidUntil(), usable: c.UsableUntil(s.cfg.StaleGrace)}
+	h := &held{set: set, isFile: isFile, since: now, from: c.ValidFrom(), until: c.ValidUntil(), usable: c.UsableUntil(s.cfg.StaleGrace)}
 	if !now.Before(h.from) {
 		if err := s.floor.raise(s.floorKey(c), c.Documents(), s.cfg.AllowRollback, save); err != nil {
 			return withSource(err, set.Source)
 		}
 	}
-	h.due = s.nextRefresh(h, now)
+	h.due = s.firstRefresh(h, save == nil, now)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p := platformOf(c)
@@ -246,17 +247,17 @@ func (s *Store) admit(set *Set, fetched time.Time, save func()) error {
 	return nil
 }
 
-// evict drops the set that was fetched first if there are too many, but not that of
+// evict drops the set that is known longest if there are too many, but not that of
 // keep. Files have their own bound. Called under mu.
 func (s *Store) evict(keep platform) {
 	var first platform
 	n := 0
 	for p, h := range s.sets {
-		if h.fetched.IsZero() {
+		if h.isFile {
 			continue
 		}
 		n++
-		if p != keep && (first.ca == "" || h.fetched.Before(s.sets[first].fetched)) {
+		if p != keep && (first.ca == "" || h.since.Before(s.sets[first].since)) {
 			first = p
 		}
 	}

@@ -50,7 +50,7 @@ func simulate(t testing.TB, cfg tdxsim.Config) (bundle []byte, roots *dcap.Roots
 	if cfg.FMSPC == [6]byte{} {
 		cfg.FMSPC = fmspc
 	}
-	cfg.Now = func() time.Time { return testTime }
+	cfg.Now, cfg.Certificates = func() time.Time { return testTime }, tdxsim.Window{From: testDay.AddDate(-1, 0, 0)}
 	td, err := tdxsim.New(t.TempDir(), cfg)
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,191 @@
+package collateral_test
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"tdx-agent/remote/collateral"
+	"tdx-agent/remote/dcap"
+)
+
+// gate is a handler that says when it is called, and waits to be let on to the PCCS.
+type gate struct {
+	p            *pccs
+	called, pass chan struct{}
+	gone         chan struct{} // gets a value when the client went instead
+}
+
+// gated puts a gate before the TCB info.
+func gated(p *pccs) *gate {
+	g := &gate{p, make(chan struct{}, 16), make(chan struct{}), make(chan struct{}, 16)}
+	p.set(func(p *pccs) { p.instead["tcb"] = g.ServeHTTP })
+	return g
+}
+
+func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	g.called <- struct{}{}
+	select {
+	case <-g.pass:
+	case <-r.Context().Done():
+		g.gone <- struct{}{}
+		return
+	}
+	g.p.set(func(p *pccs) { delete(p.instead, "tcb") })
+	g.p.ServeHTTP(w, r)
+	g.p.set(func(p *pccs) { p.requests = p.requests[:len(p.requests)-1] }) // counted twice
+}
+
+// TestSingleFlight has many callers for one set, some of whom go.
+func TestSingleFlight(t *testing.T) {
+	cfg, _ := config(t)
+	p := newPCCS(t, dated(t, 20, 5, 0))
+	g := gated(p)
+	cfg.PCCS = []string{p.URL}
+	s := open(t, cfg)
+	leaving, leave := context.WithCancel(context.Background())
+	left := make(chan error)
+	go func() {
+		_, err := s.Fetch(leaving, fmspc, dcap.CAPlatform)
+		left <- err
+	}()
+	<-g.called
+	var wg sync.WaitGroup
+	sets := make([]*collateral.Set, 8)
+	for i := range sets {
+		wg.Go(func() {
+			var err error
+			if sets[i], err = fetch(s); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for s.Waiting() < 1+len(sets) {
+		time.Sleep(time.Millisecond) // until they all wait, of which nobody is told
+	}
+	leave()
+	err := <-left
+	wantCode(t, err, "canceled")
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("%v is no context.Canceled", err)
+	}
+	close(g.pass)
+	wg.Wait()
+	for _, set := range sets {
+		if set != sets[0] {
+			t.Error("more than one set")
+		}
+	}
+	if n := len(p.taken()); n != 4 {
+		t.Errorf("%d requests, want 4", n)
+	}
+}
+
+// TestLastLeaves shows that a fetch that nobody waits for ends, and is no failure.
+func TestLastLeaves(t *testing.T) {
+	cfg, _ := config(t)
+	p := newPCCS(t, dated(t, 20, 5, 0))
+	g := gated(p)
+	cfg.PCCS = []string{p.URL}
+	s := open(t, cfg)
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		<-g.called
+		cancel()
+	}()
+	_, err := s.Fetch(ctx, fmspc, dcap.CAPlatform)
+	wantCode(t, err, "canceled")
+	<-g.gone
+	close(g.pass)
+	mustFetch(t, s)
+	_, err = s.Fetch(ctx, fmspc, dcap.CAPlatform) // known: nothing to wait for
+	wantCode(t, err, "")
+}
+
+// TestRefused shows that a failure counts for a minute, for its platform alone.
+func TestRefused(t *testing.T) {
+	cfg, now := config(t)
+	p := newPCCS(t, dated(t, 20, 5, 0))
+	p.set(func(p *pccs) { p.instead[""] = notFound })
+	cfg.PCCS = []string{p.URL}
+	s := open(t, cfg)
+	for after, requests := range map[time.Duration]int{0: 1} {
+		now.set(testTime.Add(after))
+		_, err := fetch(s)
+		wantCode(t, err, "not_found")
+		if n := len(p.taken()); n != requests {
+			t.Errorf("%d requests after %v", n, after)
+		}
+	}
+	for _, c := range []struct {
+		after    time.Duration
+		requests int
+	}{{0, 0}, {59 * time.Second, 0}, {60 * time.Second, 1}, {119 * time.Second, 0}} {
+		now.set(testTime.Add(c.after))
+		_, err := fetch(s)
+		wantCode(t, err, "not_found")
+		if n := len(p.taken()); n != c.requests {
+			t.Errorf("%d requests after %v, want %d", n, c.after, c.requests)
+		}
+	}
+	_, err := s.Fetch(t.Context(), [6]byte{1}, dcap.CAPlatform)
+	wantCode(t, err, "not_found")
+	if len(p.taken()) != 1 {
+		t.Error("another platform was refused")
+	}
+	p.set(func(p *pccs) { clear(p.instead) })
+	now.set(testTime.Add(3 * time.Minute))
+	mustFetch(t, s)
+}
+
+// TestBudget spends a minute's fetches on platforms that nobody knows.
+func TestBudget(t *testing.T) {
+	cfg, now := config(t)
+	p := newPCCS(t, dated(t, 20, 5, 0))
+	p.set(func(p *pccs) { p.instead[""] = notFound })
+	cfg.PCCS, cfg.Limits.PerMinute = []string{p.URL}, 3
+	s := open(t, cfg)
+	for i := byte(1); i <= 5; i++ {
+		code := "not_found"
+		if i > 3 {
+			code = "fetch_budget"
+		}
+		_, err := s.Fetch(t.Context(), [6]byte{i}, dcap.CAPlatform)
+		wantCode(t, err, code)
+	}
+	if n := len(p.taken()); n != 3 {
+		t.Errorf("%d requests", n)
+	}
+	p.set(func(p *pccs) { clear(p.instead) })
+	_, err := fetch(s)
+	wantCode(t, err, "fetch_budget")
+	now.set(testTime.Add(20 * time.Second)) // a third of the budget; and no failure to remember
+	mustFetch(t, s)
+}
+
+// TestManyFlights fills the fetches that may go on at a time.
+func TestManyFlights(t *testing.T) {
+	cfg, _ := config(t)
+	p := newPCCS(t, dated(t, 20, 5, 0))
+	p.set(func(p *pccs) { p.instead[""] = stall })
+	cfg.PCCS, cfg.Limits.PerMinute = []string{p.URL}, 1000
+	s := open(t, cfg)
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	for i := range 64 {
+		wg.Go(func() {
+			_, err := s.Fetch(ctx, [6]byte{byte(i + 1)}, dcap.CAPlatform)
+			wantCode(t, err, "canceled")
+		})
+	}
+	for s.Waiting() < 64 {
+		time.Sleep(time.Millisecond)
+	}
+	_, err := fetch(s)
+	wantCode(t, err, "fetch_budget")
+	cancel()
+	wg.Wait()
+}
