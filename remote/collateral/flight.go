@@ -125,6 +125,7 @@ func (s *Store) fetch(ctx context.Context, p platform) (*Set, error) {
 	if err := s.floor.checkClock(s.cfg.Now()); err != nil {
 		return nil, err
 	}
+	defer s.client.CloseIdleConnections() // whose goroutines nobody would own
 	var failures []*Error
 	for i := range s.sources {
 		src := &s.sources[i]

@@ -133,22 +133,22 @@ func describe(name string, number uint64, issued time.Time) string {
 
 // floor is the marks in memory and, if state is not nil, on disk.
 type floor struct {
-	state *state
+	state  *state
+	marks  atomic.Pointer[marks] // never changed, but replaced
+	latest atomic.Int64          // the latest date in marks, in seconds of Unix time
 
-	mu     sync.Mutex
-	marks  marks
-	latest atomic.Int64 // the latest date in marks, in seconds of Unix time
+	mu sync.Mutex // over raise, which may take the time of a disk
 }
 
-// openFloor reads the floor. state may be nil.
+// openFloor reads the floor. st may be nil.
 func openFloor(st *state) (*floor, error) {
-	f := &floor{state: st, marks: make(marks)}
-	if st == nil {
-		return f, nil
-	}
-	stored, err := st.readFloor()
-	if err != nil {
-		return nil, err
+	f := &floor{state: st}
+	stored := make(marks)
+	if st != nil {
+		var err error
+		if stored, err = st.readFloor(); err != nil {
+			return nil, err
+		}
 	}
 	f.set(stored)
 	return f, nil
@@ -156,7 +156,7 @@ func openFloor(st *state) (*floor, error) {
 
 // set is called under mu, or before anybody else has f.
 func (f *floor) set(m marks) {
-	f.marks = m
+	f.marks.Store(&m)
 	for _, documents := range m {
 		for _, d := range documents {
 			f.latest.Store(max(f.latest.Load(), d.Issued.Unix()))
@@ -175,18 +175,15 @@ func (f *floor) checkClock(now time.Time) error {
 }
 
 func (f *floor) check(k floorKey, documents [4]dcap.Document) *Error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.marks.check(k, documents)
+	return f.marks.Load().check(k, documents)
 }
 
 // raise raises the floor to these documents, if they are not behind it or behind is
-// allowed. Other processes' marks are taken in first. save, unless nil, is called before the floor
-// rises, so that a set which raised the floor can be found again.
+// allowed. Other processes' marks are taken in first. save, unless nil, is called before
+// the floor rises, so that a set which raised the floor can be found again.
 func (f *floor) raise(k floorKey, documents [4]dcap.Document, allowBehind bool, save func()) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	merged := maps.Clone(f.marks)
 	if f.state != nil {
 		unlock, err := f.state.lock()
 		if err != nil {
@@ -197,28 +194,29 @@ func (f *floor) raise(k floorKey, documents [4]dcap.Document, allowBehind bool, 
 		if err != nil {
 			return err
 		}
-		merged.merge(stored)
-		f.set(maps.Clone(merged))
+		stored.merge(*f.marks.Load())
+		f.set(stored)
 	}
-	if err := merged.check(k, documents); err != nil && !allowBehind {
+	if err := f.check(k, documents); err != nil && !allowBehind {
 		return err
 	}
+	raised := maps.Clone(*f.marks.Load())
 	var to [4]mark
 	for i, d := range documents {
 		to[i] = mark{d.Number, d.Issued.UTC().Truncate(time.Second)}
 	}
-	merged.merge(marks{k: to})
-	if len(merged) > maxPlatforms {
-		return &Error{Code: "floor_full", Got: fmt.Sprint(len(merged), " platforms"), Want: fmt.Sprint("at most ", maxPlatforms), Hint: "the store has met more platforms than there are: look at where they came from"}
+	raised.merge(marks{k: to})
+	if len(raised) > maxPlatforms {
+		return &Error{Code: "floor_full", Got: fmt.Sprint(len(raised), " platforms"), Want: fmt.Sprint("at most ", maxPlatforms), Hint: "the store has met more platforms than there are: look at where they came from"}
 	}
 	if save != nil {
 		save()
 	}
 	if f.state != nil {
-		if err := f.state.writeFloor(merged); err != nil {
+		if err := f.state.writeFloor(raised); err != nil {
 			return err
 		}
 	}
-	f.set(merged)
+	f.set(raised)
 	return nil
 }

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"tdx-agent/measure/tdxsim"
 	"tdx-agent/remote/collateral"
 	"tdx-agent/remote/dcap"
@@ -80,6 +82,13 @@ func TestRollback(t *testing.T) {
 	}
 	s = open(t, cfg)
 	_, err := fetch(s)
+	wantCode(t, err, "rolled_back")
+
+	unknowing := newPCCS(t, older)
+	unknowing.set(func(p *pccs) { p.instead[""] = notFound })
+	two := cfg
+	two.PCCS = []string{unknowing.URL, p.URL}
+	_, err = fetch(open(t, two)) // the code is what matters most, not what came first
 	wantCode(t, err, "rolled_back")
 
 	early := cfg
@@ -217,6 +226,28 @@ func TestFullFloor(t *testing.T) {
 	writeFile(t, filepath.Join(cfg.Dir, "floor.json"), over)
 	_, err = collateral.New(cfg)
 	wantCode(t, err, "floor")
+}
+
+// TestLock holds the lock over the floor, as a process that was stopped would.
+func TestLock(t *testing.T) {
+	cfg, _ := config(t)
+	p := newPCCS(t, dated(t, 20, 5, 0))
+	cfg.PCCS, cfg.Dir = []string{p.URL}, t.TempDir()
+	s := open(t, cfg)
+	lock, err := os.Create(filepath.Join(cfg.Dir, "floor.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	_, err = fetch(s)
+	if e := wantCode(t, err, "state"); e != nil && !strings.Contains(e.Error(), lock.Name()) {
+		t.Errorf("%v does not name the lock", e)
+	}
+	_, err = s.Offered(dated(t, 20, 5, 0))
+	wantCode(t, err, "")
 }
 
 // TestSharedFolder has several stores in one folder: none forgets another's marks.

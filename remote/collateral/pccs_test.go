@@ -16,7 +16,6 @@ import (
 // pccs is a PCCS with one set, over a real connection, that can be told to misbehave.
 type pccs struct {
 	*httptest.Server
-	roots *dcap.Roots
 
 	mu       sync.Mutex
 	bundle   dcap.Bundle

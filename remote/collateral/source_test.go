@@ -57,8 +57,9 @@ func flood(size int, announce bool) http.HandlerFunc {
 		if announce {
 			w.Header().Set("Content-Length", fmt.Sprint(size))
 		}
-		for chunk := bytes.Repeat([]byte(" "), 64<<10); size > 0; size -= len(chunk) {
-			if _, err := w.Write(chunk[:min(size, len(chunk))]); err != nil {
+		chunk := bytes.Repeat([]byte(" "), 64<<10)
+		for left := size; left > 0; left -= len(chunk) {
+			if _, err := w.Write(chunk[:min(left, len(chunk))]); err != nil {
 				return
 			}
 		}

@@ -8,9 +8,16 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
+)
+
+// A lock is waited for 2 s. It is held for as long as two small files take to write.
+const (
+	lockTries = 200
+	lockPause = 10 * time.Millisecond
 )
 
 // state is the state folder: floor.json, the lock over it, and the cached bundles,
@@ -45,10 +52,12 @@ func (s *state) lock() (unlock func(), err error) {
 	if err != nil {
 		return nil, s.failed(err)
 	}
-	for {
-		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX); err != unix.EINTR {
+	// Without blocking: a process that was stopped must not stop this one.
+	for range lockTries {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != unix.EWOULDBLOCK && err != unix.EINTR {
 			break
 		}
+		time.Sleep(lockPause)
 	}
 	if err != nil {
 		f.Close()

@@ -206,17 +206,13 @@ func (s *Store) floorKey(c *dcap.Collateral) floorKey {
 	return floorKey{platformOf(c), s.cfg.UpdateChannel}
 }
 
-// checkFloor returns the error of a set that is behind the floor.
+// checkFloor returns the error of a set that is behind the floor and must not be.
 func (s *Store) checkFloor(set *Set) error {
 	err := s.floor.check(s.floorKey(set.Collateral), set.Collateral.Documents())
-	if err == nil {
+	if err == nil || s.cfg.AllowRollback {
 		return nil
 	}
 	err.Source = set.Source
-	if s.cfg.AllowRollback {
-		s.log.Warn("collateral behind the floor is allowed", "error", err)
-		return nil
-	}
 	return err
 }
 
@@ -228,6 +224,9 @@ func (s *Store) admit(set *Set, isFile bool, save func()) error {
 		return err
 	}
 	now, c := s.cfg.Now(), set.Collateral
+	if behind := s.floor.check(s.floorKey(c), c.Documents()); behind != nil {
+		s.log.Warn("collateral behind the rollback floor is used, as configured", "source", set.Source, "error", behind)
+	}
 	h := &held{set: set, isFile: isFile, since: now, from: c.ValidFrom(), until: c.ValidUntil(), usable: c.UsableUntil(s.cfg.StaleGrace)}
 	if !now.Before(h.from) {
 		if err := s.floor.raise(s.floorKey(c), c.Documents(), s.cfg.AllowRollback, save); err != nil {
