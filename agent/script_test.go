@@ -51,7 +51,7 @@ func TestScripts(t *testing.T) {
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
-		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt, "flip": scriptFlip, "replace-value": scriptReplaceValue},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt, "flip": scriptFlip, "waitfor": scriptWaitFor, "post-file": scriptPostFile, "replace-value": scriptReplaceValue},
 	})
 }
 
@@ -73,10 +73,36 @@ func scriptHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) < 3 {
 		ts.Fatalf("usage: http METHOD SOCKET PATH [BODY]")
 	}
+	scriptRequest(ts, neg, args[0], args[1], args[2], strings.Join(args[3:], " "))
+}
+
+// scriptPostFile posts a file: post-file [!] SOCKET PATH FILE.
+func scriptPostFile(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 3 {
+		ts.Fatalf("usage: post-file SOCKET PATH FILE")
+	}
+	b, err := os.ReadFile(ts.MkAbs(args[2]))
+	ts.Check(err)
+	scriptRequest(ts, neg, http.MethodPost, args[0], args[1], string(b))
+}
+
+// scriptWaitFor waits until a Unix socket takes connections, at most 20 s.
+func scriptWaitFor(ts *testscript.TestScript, _ bool, args []string) {
+	for range 2000 {
+		if c, err := net.Dial("unix", args[0]); err == nil {
+			c.Close()
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	ts.Fatalf("nobody listens on %s", args[0])
+}
+
+func scriptRequest(ts *testscript.TestScript, neg bool, method, socket, path, content string) {
 	client := http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", args[1])
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}}
-	req, err := http.NewRequest(args[0], "http://localhost"+args[2], strings.NewReader(strings.Join(args[3:], " ")))
+	req, err := http.NewRequest(method, "http://localhost"+path, strings.NewReader(content))
 	ts.Check(err)
 	req.Header.Set("Content-Type", "application/json")
 	resp, err := client.Do(req)

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -45,7 +46,7 @@ There is no TLS and no authorisation: keep it on a loopback address, or behind a
 			if err != nil {
 				return err
 			}
-			l, err := new(net.ListenConfig).Listen(cmd.Context(), "tcp", listen)
+			l, err := listenVerify(cmd.Context(), listen)
 			if err != nil {
 				return err
 			}
@@ -63,8 +64,16 @@ There is no TLS and no authorisation: keep it on a loopback address, or behind a
 		},
 	}
 	f.add(cmd)
-	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:8080", "address to listen on")
+	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:8080", "address to listen on, or unix:PATH")
 	return cmd
+}
+
+// listenVerify listens on TCP or a Unix socket.
+func listenVerify(ctx context.Context, address string) (net.Listener, error) {
+	if path, ok := strings.CutPrefix(address, "unix:"); ok {
+		return new(net.ListenConfig).Listen(ctx, "unix", path)
+	}
+	return new(net.ListenConfig).Listen(ctx, "tcp", address)
 }
 
 // serveHTTP serves until ctx ends; requests then have a moment to finish.
@@ -109,25 +118,25 @@ func verifyHandler(v *remote.Verifier) http.Handler {
 		}
 		ctx, cancel := context.WithTimeout(r.Context(), 25*time.Second)
 		defer cancel()
-		answer, status := verifyOne(ctx, v, http.MaxBytesReader(w, r.Body, maxVerifyBody))
-		reply(w, status, answer)
+		reply(w, http.StatusOK, verifyOne(ctx, v, http.MaxBytesReader(w, r.Body, maxVerifyBody)))
 	})
 	return mux
 }
 
-// verifyOne answers one request. What cannot be judged is not valid, with the reason.
-func verifyOne(ctx context.Context, v *remote.Verifier, body io.Reader) (any, int) {
+// verifyOne answers one request. What cannot be judged is not valid, with the reason:
+// dstack-verifier has status 200 for that too.
+func verifyOne(ctx context.Context, v *remote.Verifier, body io.Reader) any {
 	ev, err := readVerifyRequest(body)
 	if err != nil {
-		return refusedVerdict(err), http.StatusOK
+		return refusedVerdict(err)
 	}
 	r, err := appraise(ctx, v, ev, remote.Expect{AnyReportData: true})
 	if err != nil {
-		return refusedVerdict(err), http.StatusOK
+		return refusedVerdict(err)
 	}
 	full := makeVerdict(r)
 	full.Reason = full.dstack().Reason
-	return full, http.StatusOK
+	return full
 }
 
 func refusedVerdict(err error) *dstackVerdict {
