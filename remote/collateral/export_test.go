@@ -25,13 +25,12 @@ func FloorOf(n int, at time.Time) ([]byte, error) {
 	return m.encode()
 }
 
-// Waiting is how many callers wait for fetches.
-func (s *Store) Waiting() int {
+// Waiting is how many fetches there are, and how many callers wait for them.
+func (s *Store) Waiting() (flights, callers int) {
 	s.flightsMu.Lock()
 	defer s.flightsMu.Unlock()
-	n := 0
 	for _, f := range s.flights {
-		n += f.waiting
+		callers += f.waiting
 	}
-	return n
+	return len(s.flights), callers
 }

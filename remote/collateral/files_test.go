@@ -62,11 +62,28 @@ func TestFiles(t *testing.T) {
 	}
 
 	// An older file alone is no error at the start, and the reason when it is all there is.
+	if err := os.RemoveAll(filepath.Join(cfg.Dir, "bundles")); err != nil {
+		t.Fatal(err)
+	}
+	servers := cfg.PCCS
 	cfg.PCCS = nil
 	_, err := fetch(open(t, cfg))
 	if e := wantCode(t, err, "rolled_back"); e != nil && e.Source != "file "+name {
 		t.Errorf("source %q", e.Source)
 	}
+
+	cfg.PCCS = servers
+	if set = mustFetch(t, open(t, cfg)); evaluation(set) != 22 { // and cached
+		t.Errorf("evaluation number %d", evaluation(set))
+	}
+	cfg.PCCS = nil
+
+	// A file of tomorrow does not replace what is valid today.
+	writeFile(t, name, dated(t, 23, 8, day))
+	if set = mustFetch(t, open(t, cfg)); evaluation(set) != 22 {
+		t.Errorf("evaluation number %d", evaluation(set))
+	}
+	writeFile(t, name, dated(t, 20, 5, 0))
 
 	// After its end the network is asked, if there is one.
 	cfg.Dir = ""

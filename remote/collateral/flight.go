@@ -92,9 +92,7 @@ func (s *Store) fly(ctx context.Context, p platform, f *flight) {
 	defer f.cancel()
 	f.set, f.err = s.fetch(ctx, p)
 	s.flightsMu.Lock()
-	if s.flights[p] == f {
-		s.remember(p, f.err)
-	}
+	s.remember(p, f.err)
 	s.land(p, f)
 	s.flightsMu.Unlock()
 	close(f.done)

@@ -63,9 +63,7 @@ func TestSingleFlight(t *testing.T) {
 			}
 		})
 	}
-	for s.Waiting() < 1+len(sets) {
-		time.Sleep(time.Millisecond) // until they all wait, of which nobody is told
-	}
+	waitFor(s, 1+len(sets))
 	leave()
 	err := <-left
 	wantCode(t, err, "canceled")
@@ -84,6 +82,16 @@ func TestSingleFlight(t *testing.T) {
 	}
 }
 
+// waitFor waits for this many callers to wait, of which nobody is told.
+func waitFor(s *collateral.Store, callers int) {
+	for {
+		if _, n := s.Waiting(); n >= callers {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // TestLastLeaves shows that a fetch that nobody waits for ends, and is no failure.
 func TestLastLeaves(t *testing.T) {
 	cfg, _ := config(t)
@@ -98,6 +106,9 @@ func TestLastLeaves(t *testing.T) {
 	}()
 	_, err := s.Fetch(ctx, fmspc, dcap.CAPlatform)
 	wantCode(t, err, "canceled")
+	if n, _ := s.Waiting(); n != 0 {
+		t.Error("who comes now would join a fetch that ends")
+	}
 	<-g.gone
 	close(g.pass)
 	mustFetch(t, s)
@@ -173,9 +184,7 @@ func TestManyFlights(t *testing.T) {
 			wantCode(t, err, "canceled")
 		})
 	}
-	for s.Waiting() < 64 {
-		time.Sleep(time.Millisecond)
-	}
+	waitFor(s, 64)
 	_, err := fetch(s)
 	wantCode(t, err, "fetch_budget")
 	cancel()

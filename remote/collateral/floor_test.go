@@ -152,6 +152,27 @@ func TestNotRaised(t *testing.T) {
 	}
 }
 
+// TestFloorGone removes the floor while a store has it, which writes it again.
+func TestFloorGone(t *testing.T) {
+	cfg, _ := config(t)
+	p := newPCCS(t, dated(t, 20, 5, 0))
+	cfg.PCCS, cfg.Dir = []string{p.URL}, t.TempDir()
+	s := open(t, cfg)
+	mustFetch(t, s)
+	name := filepath.Join(cfg.Dir, "floor.json")
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	other, _ := simulate(t, tdxsim.Config{FMSPC: [6]byte{8}})
+	p.serve(t, other)
+	if _, err := s.Fetch(t.Context(), [6]byte{8}, dcap.CAPlatform); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := os.ReadFile(name); err != nil || bytes.Count(text, []byte("fmspc")) != 2 {
+		t.Errorf("%v in\n%s", err, text)
+	}
+}
+
 // TestDamagedFloor wants an error, and the file left as it is.
 func TestDamagedFloor(t *testing.T) {
 	cfg, _ := config(t)

@@ -93,22 +93,15 @@ func (s *Store) try(ctx context.Context, address string, limit int64) (_ *answer
 	if e := checkStatus(resp); e != nil {
 		return nil, e, resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests
 	}
-	if resp.ContentLength > limit {
-		return nil, bodySize(req.URL, resp.ContentLength, limit), false
-	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
 	if err != nil {
 		e := transportError(ctx, err)
 		return nil, e, e.Code == "transport"
 	}
 	if int64(len(body)) > limit {
-		return nil, bodySize(req.URL, int64(len(body)), limit), false
+		return nil, &Error{Code: "body_size", Got: fmt.Sprintf("more bytes for %s", req.URL.Path), Want: fmt.Sprintf("at most %d", limit), Hint: "do not trust this source"}, false
 	}
 	return &answer{resp.Header, body}, nil, false
-}
-
-func bodySize(u *url.URL, got, limit int64) *Error {
-	return &Error{Code: "body_size", Got: fmt.Sprintf("%d bytes or more from %s", got, u.Path), Want: fmt.Sprintf("at most %d", limit)}
 }
 
 func checkStatus(resp *http.Response) *Error {

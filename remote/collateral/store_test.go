@@ -269,7 +269,7 @@ func TestStale(t *testing.T) {
 }
 
 func TestCache(t *testing.T) {
-	cfg, _ := config(t)
+	cfg, now := config(t)
 	p := newPCCS(t, dated(t, 20, 5, 0))
 	cfg.PCCS, cfg.Dir, cfg.Limits.Sets = []string{p.URL}, filepath.Join(t.TempDir(), "state"), 2
 	want := mustFetch(t, open(t, cfg))
@@ -302,12 +302,20 @@ func TestCache(t *testing.T) {
 	for i := byte(1); i <= 3; i++ {
 		other, _ := simulate(t, tdxsim.Config{FMSPC: [6]byte{i}})
 		p.serve(t, other)
+		now.set(now.Now().Add(time.Second))
 		if _, err := s.Fetch(context.Background(), [6]byte{i}, dcap.CAPlatform); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if s.Known([6]byte{3}, dcap.CAPlatform) == nil {
-		t.Error("the latest set is not known")
+	for i, isKnown := range map[byte]bool{1: false, 2: true, 3: true} {
+		if (s.Known([6]byte{i}, dcap.CAPlatform) != nil) != isKnown {
+			t.Errorf("set %d: want known %t", i, isKnown)
+		}
+	}
+	for _, name := range cached(t, cfg.Dir) {
+		if strings.Contains(name, "010000000000") {
+			t.Errorf("%s is not removed", name)
+		}
 	}
 	open(t, cfg)
 	if names := cached(t, cfg.Dir); len(names) > 2 {
