@@ -32,9 +32,8 @@ type Config struct {
 	// Files are bundle files (the JSON of [dcap.Bundle]) and folders with files
 	// *.json: at most 256, of 5 MiB each and 64 MiB together.
 	Files []string
-	// PCCS are base URLs, http or https: collateral is signed, so that https adds
-	// who may see which platforms are asked for. http and https have no user,
-	// query or fragment.
+	// PCCS are base URLs, https or http, without user, query or fragment. Collateral
+	// is signed: what http gives away is which platforms are asked about.
 	PCCS []string
 	// IntelPCS asks Intel's PCS last.
 	IntelPCS bool
@@ -56,7 +55,8 @@ type Config struct {
 	// TLSRoots are what PCCS certificates must end in. Nil: the system's.
 	TLSRoots *x509.CertPool
 	// Dial connects to a source. Nil: TCP, or the proxy that the environment names.
-	Dial   func(ctx context.Context, network, address string) (net.Conn, error)
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Limits are the defaults if they are zero.
 	Limits Limits
 
 	Now    func() time.Time                                 // nil: time.Now

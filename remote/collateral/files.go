@@ -59,27 +59,31 @@ func readBundles(paths []string, roots *dcap.Roots) ([]*Set, error) {
 	if err != nil {
 		return nil, err
 	}
-	var sets []*Set
+	var bundles [][]byte
 	room := maxFilesTotal
 	for _, name := range names {
-		set, err := readSet(name, "file ", roots)
+		bundle, err := readFile(name, maxBundle)
+		if room -= len(bundle); err == nil && room < 0 {
+			err = fmt.Errorf("the bundle files have more than %d bytes", maxFilesTotal)
+		}
+		if err != nil {
+			return nil, fileError(name, err)
+		}
+		bundles = append(bundles, bundle)
+	}
+	var sets []*Set
+	for i, name := range names {
+		set, err := parseSet(bundles[i], name, "file ", roots)
 		if err != nil {
 			return nil, err
-		}
-		if room -= len(set.Bundle); room < 0 {
-			return nil, fileError(name, fmt.Errorf("the bundle files have more than %d bytes", maxFilesTotal))
 		}
 		sets = append(sets, set)
 	}
 	return sets, nil
 }
 
-// readSet reads a bundle file. Its source is named kind and the file's name.
-func readSet(name, kind string, roots *dcap.Roots) (*Set, error) {
-	bundle, err := readFile(name, maxBundle)
-	if err != nil {
-		return nil, fileError(name, err)
-	}
+// parseSet checks a file's bundle. The set's source is named kind and the file's name.
+func parseSet(bundle []byte, name, kind string, roots *dcap.Roots) (*Set, error) {
 	c, err := dcap.ParseCollateral(bundle, roots)
 	if err != nil {
 		return nil, fileError(name, err)
@@ -134,7 +138,7 @@ func (s *Store) loadCache() error {
 			_ = os.Remove(name) // what stays is met again at the next start
 			continue
 		}
-		set, err := readSet(name, "cache ", s.cfg.Roots)
+		set, err := s.readCached(name)
 		if err == nil && name != s.state.bundle(platformOf(set.Collateral)) {
 			err = fileError(name, errors.New("the name is not that of the platform"))
 		}
@@ -149,4 +153,12 @@ func (s *Store) loadCache() error {
 		}
 	}
 	return nil
+}
+
+func (s *Store) readCached(name string) (*Set, error) {
+	bundle, err := readFile(name, maxBundle)
+	if err != nil {
+		return nil, fileError(name, err)
+	}
+	return parseSet(bundle, name, "cache ", s.cfg.Roots)
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -189,4 +191,58 @@ func TestManyFlights(t *testing.T) {
 	wantCode(t, err, "fetch_budget")
 	cancel()
 	wg.Wait()
+}
+
+// TestConcurrent uses a store from everywhere at once, while its source and its file
+// become newer: what is known never becomes older.
+func TestConcurrent(t *testing.T) {
+	cfg, _ := config(t)
+	var bundles [6][]byte
+	for i := range bundles {
+		bundles[i] = dated(t, 20+i, 5, 0)
+	}
+	p := newPCCS(t, bundles[0])
+	name := writeFile(t, filepath.Join(t.TempDir(), "bundle.json"), bundles[0])
+	cfg.PCCS, cfg.Dir, cfg.Files = []string{p.URL}, t.TempDir(), []string{name}
+	s := open(t, cfg)
+	var wg sync.WaitGroup
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	for range 4 {
+		wg.Go(func() {
+			for last := 0; ctx.Err() == nil; {
+				set, err := fetch(s)
+				if err != nil || evaluation(set) < last || evaluation(s.Known(fmspc, dcap.CAPlatform)) < last {
+					t.Errorf("evaluation number %d after %d, %v", evaluation(set), last, err)
+				}
+				last = evaluation(set)
+				if _, err := s.Offered(bundles[len(bundles)-1]); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for i, bundle := range bundles {
+		replaceFile(t, name, bundle)
+		if err := s.Reload(); err != nil {
+			t.Error(err)
+		}
+		p.serve(t, bundles[min(i+1, len(bundles)-1)])
+		if _, err := s.Fetch(ctx, [6]byte{1}, dcap.CAPlatform); err == nil {
+			t.Error("a set of another platform")
+		}
+	}
+	cancel()
+	wg.Wait()
+	if evaluation(s.Known(fmspc, dcap.CAPlatform)) != 25 {
+		t.Error("the newest set is not known")
+	}
+}
+
+// replaceFile replaces a file at once.
+func replaceFile(t testing.TB, name string, content []byte) {
+	t.Helper()
+	if err := os.Rename(writeFile(t, name+".new", content), name); err != nil {
+		t.Fatal(err)
+	}
 }

@@ -236,6 +236,9 @@ func (s *Store) admit(set *Set, isFile bool, save func()) error {
 	h.due = s.firstRefresh(h, save == nil, now)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err := s.checkFloor(set); err != nil {
+		return err // somebody raised it meanwhile: theirs is the newer set
+	}
 	p := platformOf(c)
 	if s.sets[p].freshAt(now) && !h.freshAt(now) {
 		return nil
