@@ -22,6 +22,7 @@ func (e *Entry) judge(s *sheet, c *Claims, x *Expect, at time.Time) {
 	e.judgePlatform(s, c)
 	e.judgeBoot(s, c)
 	e.judgeApplication(s, c, x)
+	e.judgeChannel(s, c, x)
 	judgeFreshness(s, c, x)
 }
 

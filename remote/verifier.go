@@ -94,6 +94,8 @@ type Expect struct {
 	MRConfig string
 	// Entries names the policy entries that may accept the evidence. Nil: every one.
 	Entries []string
+	// Channel is the attested channel that the evidence came over. Nil: none.
+	Channel *Channel
 	// Offered is collateral that the peer sent along, a bundle as dcap.Bundle has it.
 	// It is used for this appraisal alone, if no configured source has any.
 	Offered []byte

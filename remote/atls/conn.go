@@ -1,0 +1,117 @@
+package atls
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"tdx-agent/remote"
+)
+
+// Conn is an open channel: the peer was appraised, or is one that the service takes
+// unattested. It ends by itself when its session does.
+type Conn struct {
+	net.Conn // the TLS connection
+
+	end      *end
+	peer     *Peer
+	draining chan struct{}
+
+	once    sync.Once
+	drain   sync.Once
+	expiry  *time.Timer // starts the drain
+	cut     *time.Timer // ends it
+	mu      sync.Mutex  // guards cut
+	release func(*Conn)
+}
+
+// newConn opens a channel for the shorter of our session and the peer's.
+func newConn(h *handshake, ttl time.Duration, release func(*Conn)) *Conn {
+	life := h.cfg.MaxSession
+	if ttl > 0 {
+		life = min(life, ttl)
+	}
+	h.conn.SetDeadline(time.Time{})
+	h.peer.Opened = h.cfg.Now()
+	h.peer.Expires = h.peer.Opened.Add(life)
+	c := &Conn{Conn: h.conn, end: h.end, peer: h.peer, draining: make(chan struct{}), release: release}
+	c.expiry = time.AfterFunc(life, c.Drain)
+	return c
+}
+
+// Peer says who is at the other end.
+func (c *Conn) Peer() *Peer { return c.peer }
+
+// Draining is closed when the session has ended: whoever uses the channel should
+// finish and open another. After Config.Drain it is cut.
+func (c *Conn) Draining() <-chan struct{} { return c.draining }
+
+// Drain ends the session early.
+func (c *Conn) Drain() {
+	c.drain.Do(func() {
+		close(c.draining)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.cut = time.AfterFunc(c.end.cfg.Drain, func() { c.Close() })
+	})
+}
+
+// Close closes the channel.
+func (c *Conn) Close() error {
+	err := c.Conn.Close()
+	c.once.Do(func() {
+		c.expiry.Stop()
+		c.mu.Lock()
+		if c.cut != nil {
+			c.cut.Stop()
+		}
+		c.mu.Unlock()
+		c.release(c)
+	})
+	return err
+}
+
+// reappraise judges the peer anew by the policy of now, and drains the channel if it
+// is no longer accepted.
+func (c *Conn) reappraise(ctx context.Context, service string, entries []string) error {
+	if c.peer.evidence == nil {
+		return nil
+	}
+	_, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: entries,
+		Channel: &remote.Channel{AgentKey: c.peer.AgentKey, Service: service, KeyMode: c.peer.KeyMode}})
+	if err != nil {
+		c.Drain()
+	}
+	return err
+}
+
+// PeerFromConn says who is at the other end of a connection of a [Listener] or a
+// [Dialer].
+func PeerFromConn(c net.Conn) (*Peer, bool) {
+	conn, ok := c.(*Conn)
+	if !ok {
+		return nil, false
+	}
+	return conn.peer, true
+}
+
+type peerKey struct{}
+
+// ConnContext is for http.Server.ConnContext: it lets handlers know the peer.
+func ConnContext(ctx context.Context, c net.Conn) context.Context {
+	if p, ok := PeerFromConn(c); ok {
+		return context.WithValue(ctx, peerKey{}, p)
+	}
+	return ctx
+}
+
+// PeerFromContext says who sent a request, in a server with [ConnContext].
+func PeerFromContext(ctx context.Context) (*Peer, bool) {
+	p, ok := ctx.Value(peerKey{}).(*Peer)
+	return p, ok
+}
+
+// PeerFromRequest is [PeerFromContext] of a request.
+func PeerFromRequest(r *http.Request) (*Peer, bool) { return PeerFromContext(r.Context()) }

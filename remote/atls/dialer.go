@@ -1,0 +1,183 @@
+package atls
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"tdx-agent/remote/cache"
+)
+
+// Back-off of a dialler that was refused: a quote is dear, and a peer that refuses one
+// will refuse the next.
+const (
+	firstBackOff = 10 * time.Second
+	lastBackOff  = 5 * time.Minute
+)
+
+// Dialer opens channels. For many goroutines.
+type Dialer struct {
+	end *end
+	// dial makes the connection below TLS.
+	dial func(ctx context.Context, network, address string) (net.Conn, error)
+
+	mu      sync.Mutex // guards what follows
+	targets *cache.Cache[target, *targetState]
+}
+
+type target struct{ address, service string }
+
+// targetState lets one handshake with a target run at a time, and none during a
+// back-off.
+type targetState struct {
+	turn chan struct{} // holds one token
+
+	mu     sync.Mutex // guards what follows
+	until  time.Time
+	length time.Duration
+	last   error
+}
+
+// NewDialer returns a Dialer. dial makes the connections below TLS; nil is a
+// net.Dialer.
+func NewDialer(cfg Config, dial func(ctx context.Context, network, address string) (net.Conn, error)) (*Dialer, error) {
+	e, err := newEnd(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if dial == nil {
+		dial = new(net.Dialer).DialContext
+	}
+	return &Dialer{end: e, dial: dial, targets: cache.New[target, *targetState](512)}, nil
+}
+
+// BackOffError says that a target refused lately and is not asked again yet.
+type BackOffError struct {
+	Until time.Time
+	Last  error // its refusal
+}
+
+func (e *BackOffError) Error() string {
+	return fmt.Sprintf("atls: not dialled before %s: %v", e.Until.UTC().Format(time.RFC3339), e.Last)
+}
+
+// Unwrap returns the refusal.
+func (e *BackOffError) Unwrap() error { return e.Last }
+
+// DialContext opens a channel to a service at an address. entries names the policy
+// entries that may accept the peer: addresses prove nothing, so a host could divert the
+// connection to any other peer that is accepted for something. It must not be empty.
+// The connection is a *Conn, the error of a handshake an [*Error].
+func (d *Dialer) DialContext(ctx context.Context, network, address, service string, entries []string) (net.Conn, error) {
+	if len(entries) == 0 {
+		return nil, errors.New("atls: dial: no policy entry is expected: name those that may accept the peer")
+	}
+	t := d.target(target{address, service})
+	select {
+	case t.turn <- struct{}{}:
+		defer func() { <-t.turn }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("atls: dial %s: %w", address, ctx.Err())
+	}
+	if err := t.waiting(time.Now()); err != nil {
+		return nil, err
+	}
+	c, err := d.once(ctx, network, address, service, entries)
+	for range 2 { // each end may find once that key mode does not do, and then keeps nothing of the other
+		if failed, ok := errors.AsType[*Error](err); ok && failed.Code == CodeReattest {
+			c, err = d.once(ctx, network, address, service, entries)
+		}
+	}
+	if failed, ok := errors.AsType[*Error](err); ok && ctx.Err() == nil {
+		t.refused(failed)
+	}
+	if err != nil {
+		return nil, err
+	}
+	t.accepted()
+	return c, nil
+}
+
+func (d *Dialer) target(key target) *targetState {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	t, ok := d.targets.Get(key)
+	if !ok {
+		t = &targetState{turn: make(chan struct{}, 1)}
+		d.targets.Add(key, t)
+	}
+	return t
+}
+
+func (t *targetState) waiting(now time.Time) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if now.Before(t.until) {
+		return &BackOffError{Until: t.until, Last: t.last}
+	}
+	return nil
+}
+
+// refused starts a back-off, unless the refusal cost no quote.
+func (t *targetState) refused(e *Error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.last = e
+	switch {
+	case e.Code == CodeBusy:
+		t.until = time.Now().Add(e.RetryAfter + rand.N(e.RetryAfter/2+time.Millisecond))
+	case e.Step == StepTLS || e.Step == StepHello:
+	default:
+		t.length = min(max(2*t.length, firstBackOff), lastBackOff)
+		t.until = time.Now().Add(t.length + rand.N(t.length/4))
+	}
+}
+
+func (t *targetState) accepted() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.until, t.length, t.last = time.Time{}, 0, nil
+}
+
+// once makes one handshake.
+func (d *Dialer) once(ctx context.Context, network, address, service string, entries []string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, limitTotal)
+	defer cancel()
+	raw, err := d.dial(ctx, network, address)
+	if err != nil {
+		return nil, fmt.Errorf("atls: dial %s: %w", address, err)
+	}
+	stop := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	h, err := d.end.begin(ctx, raw, Client)
+	var ttl time.Duration
+	if err == nil {
+		ttl, err = h.dial(ctx, service, entries)
+	}
+	if failed := h.finish(err); failed != nil {
+		raw.Close()
+		return nil, failed
+	}
+	if !stop() {
+		raw.Close()
+		return nil, fmt.Errorf("atls: dial %s: %w", address, ctx.Err())
+	}
+	return newConn(h, ttl, func(*Conn) {}), nil
+}
+
+// NewTransport makes HTTP requests over channels to a service, whatever host their
+// URLs name: the address is that of the request. Its pool lets many requests share an
+// attestation. URLs must be http: the channel is below.
+func NewTransport(d *Dialer, service string, entries []string) *http.Transport {
+	return &http.Transport{
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			return d.DialContext(ctx, network, address, service, entries)
+		},
+		MaxIdleConns: 64, MaxIdleConnsPerHost: 8, IdleConnTimeout: time.Minute, ResponseHeaderTimeout: time.Minute, MaxResponseHeaderBytes: 64 << 10,
+	}
+}

@@ -1,0 +1,44 @@
+// Package atls is tdx-atls/1: TLS 1.3 between two TDs of which each appraises the
+// other's evidence before a byte of an application flows.
+//
+// A [Listener] returns only connections whose peer was appraised; a [Dialer] opens
+// them; [NewTransport] makes an http.RoundTripper of one. [PeerFromConn] and
+// [PeerFromContext] say who the peer is.
+//
+// # The protocol
+//
+// Both ends show a self-made P-256 certificate in a TLS 1.3 handshake without
+// resumption. Then frames are exchanged:
+//
+//	client                                   server
+//	HELLO_C    nonce, service, agent key  →
+//	                                      ←  HELLO_S    nonce, what it wants
+//	EVIDENCE   quote, log, signature      →
+//	                                         appraises; only then makes a quote of its own
+//	                                      ←  EVIDENCE, RESULT ok
+//	appraises
+//	RESULT ok, application bytes          →
+//	                                      ←  application bytes
+//
+// Each end's report data, and its agent key's signature, cover its role, the TLS
+// exporter over the hash of both hellos, both certificates' keys, its agent key and
+// its RTMR3 ([Session], [Body]). Each end computes all of these from its own side of
+// the connection, so evidence that belongs to another channel, another role or another
+// negotiation does not fit: a relay, a reflection or a downgrade fails as
+// binding_mismatch.
+//
+// The client pays first: a server never makes a quote for somebody it has not
+// appraised.
+//
+// # Key mode
+//
+// Where both policies allow it (require = "key"), a peer that was appraised lately may
+// sign with its agent key instead of making a quote. The evidence kept from then is
+// appraised again by today's policy, collateral and time, and the signature covers the
+// live RTMR3, which must still be the evidence's.
+//
+// # What is not covered
+//
+// Evidence is that of the moment of the handshake. A session ends after an hour at
+// most; there is no attestation within it.
+package atls

@@ -1,0 +1,184 @@
+package atls
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"tdx-agent/remote"
+)
+
+// Code is what a peer is told of a handshake's end. Nothing finer goes over the wire.
+type Code string
+
+// The codes.
+const (
+	CodeOK                    Code = "ok"
+	CodeUnsupported           Code = "unsupported"
+	CodeBadFrame              Code = "bad_frame"
+	CodeEvidenceInvalid       Code = "evidence_invalid"
+	CodeBindingMismatch       Code = "binding_mismatch"
+	CodeCollateralUnavailable Code = "collateral_unavailable"
+	CodePolicyDenied          Code = "policy_denied"
+	CodeReattest              Code = "reattest" // key mode does not do: dial again with a quote
+	CodeBusy                  Code = "busy"
+	CodeTimeout               Code = "timeout"
+	CodeInternal              Code = "internal"
+)
+
+// Step is where a handshake ended.
+type Step string
+
+// The steps.
+const (
+	StepTLS          Step = "tls"
+	StepHello        Step = "hello"
+	StepWaitEvidence Step = "wait_evidence"
+	StepVerify       Step = "verify"
+	StepSendEvidence Step = "send_evidence"
+	StepWaitResult   Step = "wait_result"
+	StepOpen         Step = "open"
+)
+
+// Error is a handshake that failed. Remote says that the peer refused; Err then is nil,
+// because a peer tells no more than its Code. A [*remote.Rejection] in Err has every
+// check that failed.
+type Error struct {
+	Step       Step
+	Code       Code
+	Remote     bool
+	Ref        string        // the same on both ends, for their logs; "" before the hellos
+	RetryAfter time.Duration // with CodeBusy
+	Err        error
+}
+
+func (e *Error) Error() string {
+	text := fmt.Sprintf("atls: %s: %s", e.Step, e.Code)
+	if e.Remote {
+		text = fmt.Sprintf("atls: the peer refused: %s", e.Code)
+	}
+	if e.Err != nil {
+		text += ": " + e.Err.Error()
+	}
+	if e.Ref != "" {
+		text += " (ref " + e.Ref + ")"
+	}
+	return text
+}
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Err }
+
+// codeOf maps a cause to what the peer is told.
+func codeOf(err error) Code {
+	if rejection, ok := errors.AsType[*remote.Rejection](err); ok {
+		return rejectionCode(rejection)
+	}
+	var timeout net.Error
+	switch {
+	case errors.As(err, new(*formError)):
+		return CodeBadFrame
+	case errors.As(err, new(*unsupportedError)):
+		return CodeUnsupported
+	case errors.As(err, new(*evidenceError)):
+		return CodeEvidenceInvalid
+	case errors.As(err, new(*bindingError)):
+		return CodeBindingMismatch
+	case errors.As(err, new(*reattestError)):
+		return CodeReattest
+	case errors.As(err, new(*busyError)):
+		return CodeBusy
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+		return CodeTimeout
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return CodeBadFrame
+	}
+	return CodeInternal
+}
+
+func rejectionCode(r *remote.Rejection) Code {
+	if !r.Genuine() {
+		return CodeEvidenceInvalid
+	}
+	for _, c := range r.Result.Failed() {
+		switch c.Name {
+		case "report_data":
+			return CodeBindingMismatch
+		case "collateral":
+			return CodeCollateralUnavailable
+		}
+	}
+	return CodePolicyDenied
+}
+
+// bindingError says that a statement belongs to another channel.
+type bindingError struct{ text string }
+
+func (e *bindingError) Error() string { return "binding: " + e.text }
+
+// reattestError says that key mode does not do.
+type reattestError struct{ text string }
+
+func (e *reattestError) Error() string { return "a quote is needed: " + e.text }
+
+// busyError says that there is no room.
+type busyError struct{ retryAfter time.Duration }
+
+func (e *busyError) Error() string { return fmt.Sprintf("busy, try again in %v", e.retryAfter) }
+
+// ref names a handshake on both ends.
+func ref(transcript [32]byte) string { return hex.EncodeToString(transcript[:8]) }
+
+// Handshake is how one ended, for logs and metrics.
+type Handshake struct {
+	Time     time.Time
+	Duration time.Duration
+	Remote   string // address
+	Role     Role   // ours
+	Service  string
+	Ref      string
+	Step     Step // StepOpen if it succeeded
+	Code     Code
+	Entry    string // the policy entry that accepts the peer, or came closest
+	KeyMode  bool
+	Err      error // the local cause
+}
+
+// maxFailures bounds Failures.
+const maxFailures = 64
+
+// Failures keeps the last 64 handshakes that failed. The zero value is empty. For many
+// goroutines.
+type Failures struct {
+	mu   sync.Mutex
+	list []Handshake
+	next int
+}
+
+// Add keeps h if it failed.
+func (f *Failures) Add(h Handshake) {
+	if h.Code == CodeOK {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.list) < maxFailures {
+		f.list = append(f.list, h)
+		return
+	}
+	f.list[f.next] = h
+	f.next = (f.next + 1) % maxFailures
+}
+
+// List returns them, the oldest first.
+func (f *Failures) List() []Handshake {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return append(append([]Handshake(nil), f.list[f.next:]...), f.list[:f.next]...)
+}

@@ -1,0 +1,4 @@
+package atls
+
+// Transcript is the hash of both hello frames.
+var Transcript = transcript

@@ -1,0 +1,370 @@
+package atls
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+)
+
+// Deadlines of the states of a handshake, and of all of it.
+const (
+	limitTLS          = 10 * time.Second
+	limitHello        = 5 * time.Second
+	limitWaitEvidence = 20 * time.Second // the peer makes its quote
+	limitVerify       = 10 * time.Second // with collateral to fetch
+	limitAttest       = 10 * time.Second // our quote
+	limitWaitResult   = 10 * time.Second
+	limitTotal        = 45 * time.Second
+)
+
+// handshake is one under way, in one goroutine. Its states follow each other in the
+// order of the steps; whatever does not fit ends it.
+type handshake struct {
+	*end
+	role    Role
+	conn    *tls.Conn
+	leaf    *tls.Certificate
+	start   time.Time
+	step    Step
+	session *Session
+	ref     string
+	peer    *Peer
+}
+
+// begin makes the TLS connection.
+func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, error) {
+	h := &handshake{end: e, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw)}}
+	leaf, err := e.certificate()
+	if err != nil {
+		return h, err
+	}
+	h.leaf = leaf
+	if h.conn = tls.Client(raw, tlsConfig(leaf)); role == Server {
+		h.conn = tls.Server(raw, tlsConfig(leaf))
+	}
+	h.enter(StepTLS, limitTLS)
+	if err := h.conn.HandshakeContext(ctx); err != nil {
+		return h, err
+	}
+	state := h.conn.ConnectionState()
+	return h, checkTLS(&state, leaf)
+}
+
+func address(c net.Conn) string {
+	if a := c.RemoteAddr(); a != nil {
+		return a.String()
+	}
+	return ""
+}
+
+// enter starts a state with its deadline.
+func (h *handshake) enter(step Step, limit time.Duration) {
+	h.step = step
+	deadline := time.Now().Add(limit)
+	if last := h.start.Add(limitTotal); deadline.After(last) {
+		deadline = last
+	}
+	h.conn.SetDeadline(deadline)
+}
+
+// within runs f with the context of a state.
+func within(ctx context.Context, limit time.Duration, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	return f(ctx)
+}
+
+func (h *handshake) agentKey() []byte {
+	if h.cfg.Attester == nil {
+		return make([]byte, 32)
+	}
+	key := h.cfg.Attester.AgentKey()
+	return key[:]
+}
+
+func nonce() []byte {
+	b := make([]byte, 32)
+	rand.Read(b) // never fails
+	return b
+}
+
+// bind fixes the session once both hellos are there.
+func (h *handshake) bind(client, server []byte) (err error) {
+	if h.session, err = newSession(h.conn, h.role, h.leaf, client, server); err != nil {
+		return err
+	}
+	h.ref = ref(h.session.Transcript)
+	h.peer.Ref = h.ref
+	return nil
+}
+
+// of is the session as evidence of this role binds it.
+func (h *handshake) of(role Role) *Session {
+	s := *h.session
+	s.Role = role
+	return &s
+}
+
+// read reads a frame into message. A refusal of the peer is a remote *Error.
+func (h *handshake) read(kind byte, limit int, message any) (frame []byte, err error) {
+	if frame, err = readFrame(h.conn, kind, limit); err != nil {
+		return nil, err
+	}
+	if frame[0] == frameResult {
+		var r resultFrame
+		if err := decode(frame, &r); err != nil {
+			return nil, err
+		}
+		if !r.OK || kind != frameResult {
+			return nil, &Error{Step: h.step, Code: knownCode(r.Code), Remote: true, Ref: h.ref, RetryAfter: min(max(time.Duration(r.RetryAfter), 0)*time.Millisecond, time.Minute)}
+		}
+	}
+	return frame, decode(frame, message)
+}
+
+// knownCode keeps a peer from putting words into our logs.
+func knownCode(c Code) Code {
+	switch c {
+	case CodeUnsupported, CodeBadFrame, CodeEvidenceInvalid, CodeBindingMismatch, CodeCollateralUnavailable, CodePolicyDenied, CodeReattest, CodeBusy, CodeTimeout, CodeInternal:
+		return c
+	}
+	return CodeBadFrame
+}
+
+func (h *handshake) write(kind byte, message any, limit int) (frame []byte, err error) {
+	if frame, err = encodeFrame(kind, message, limit); err != nil {
+		return nil, err
+	}
+	_, err = h.conn.Write(frame)
+	return frame, err
+}
+
+// attest makes our statement and returns its frame.
+func (h *handshake) attest(ctx context.Context, mode, serverEvidence string, limit int) (frame []byte, err error) {
+	err = within(ctx, limitAttest, func(ctx context.Context) error {
+		st, err := h.cfg.Attester.Attest(ctx, h.of(h.role), mode == modeKey)
+		if err != nil {
+			return err
+		}
+		frame, err = encodeStatement(st, serverEvidence, limit)
+		return err
+	})
+	return frame, err
+}
+
+// appraise reads the peer's EVIDENCE and judges it.
+func (h *handshake) readStatement(mode string) (st *Statement, serverEvidence string, err error) {
+	var e evidenceFrame
+	if _, err := h.read(frameEvidence, maxEvidence, &e); err != nil {
+		return nil, "", err
+	}
+	st, err = e.statement(mode == modeKey)
+	return st, e.ServerEvidence, err
+}
+
+// finish is told of every handshake's end. It answers the peer if that is due.
+func (h *handshake) finish(err error) *Error {
+	code := CodeOK
+	if err != nil {
+		code = codeOf(err)
+	}
+	failed, isOurs := errors.AsType[*Error](err)
+	if !isOurs && err != nil {
+		failed = &Error{Step: h.step, Code: code, Ref: h.ref, Err: err}
+		if busy, ok := errors.AsType[*busyError](err); ok {
+			failed.RetryAfter = busy.retryAfter
+		}
+		if h.conn != nil && h.step != StepTLS {
+			h.refuse(failed)
+		}
+	}
+	if failed != nil {
+		code = failed.Code
+	}
+	step := h.step
+	if err == nil {
+		step = StepOpen
+	}
+	h.cfg.Observe(Handshake{Time: h.start, Duration: time.Since(h.start), Remote: h.peer.Address, Role: h.role, Service: h.peer.Service, Ref: h.ref,
+		Step: step, Code: code, Entry: h.peer.Entry(), KeyMode: h.peer.KeyMode, Err: err})
+	return failed
+}
+
+// refuse tells the peer the code, if it will hear it.
+func (h *handshake) refuse(e *Error) {
+	h.conn.SetWriteDeadline(time.Now().Add(time.Second))
+	h.write(frameResult, &resultFrame{Code: e.Code, Ref: e.Ref, RetryAfter: int(e.RetryAfter / time.Millisecond)}, maxResult)
+}
+
+// serve is the server's side, once TLS stands.
+func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan struct{}) (ttl time.Duration, err error) {
+	h.enter(StepHello, limitHello)
+	var hello helloClient
+	frameC, err := h.read(frameHelloClient, maxHello, &hello)
+	if err != nil {
+		return 0, err
+	}
+	if err := hello.check(); err != nil {
+		return 0, err
+	}
+	h.peer.Service = hello.Service
+	if !slices.Contains(l.Services, hello.Service) {
+		return 0, &unsupportedError{fmt.Sprintf("service %.64q is not here", hello.Service)}
+	}
+	mode := h.wants(hello.AgentKey, hello.Modes)
+	switch {
+	case !slices.Contains(hello.Attest, attestSelf) && slices.Contains(l.Unattested, hello.Service):
+		mode = modeNone
+	case !slices.Contains(hello.Attest, attestSelf) || !slices.Contains(hello.Modes, mode):
+		return 0, &unsupportedError{"the client does not attest, and the service takes no unattested clients"}
+	}
+	frameS, err := h.write(frameHelloServer, &helloServer{Version: 1, Nonce: nonce(), ClientEvidence: mode, Format: formatDstack, Order: orderClientFirst,
+		Service: hello.Service, MaxEvidence: defaultMaxEvidence, AgentKey: h.agentKey()}, maxHello)
+	if err != nil {
+		return 0, err
+	}
+	if err := h.bind(frameC, frameS); err != nil {
+		return 0, err
+	}
+	own := modeQuote
+	if mode != modeNone {
+		if own, err = h.appraiseClient(ctx, mode, &hello); err != nil {
+			return 0, err
+		}
+	}
+	if err := h.answer(ctx, own, &hello, slots); err != nil {
+		return 0, err
+	}
+	return h.waitResult()
+}
+
+// appraiseClient reads and judges the client's evidence, and returns the mode that the
+// client asks of us.
+func (h *handshake) appraiseClient(ctx context.Context, mode string, hello *helloClient) (own string, err error) {
+	h.enter(StepWaitEvidence, limitWaitEvidence)
+	st, own, err := h.readStatement(mode)
+	if err != nil {
+		return "", err
+	}
+	if own != modeQuote && own != modeKey {
+		return "", &formError{fmt.Sprintf("server_evidence is %.20q, want quote or key", own)}
+	}
+	h.enter(StepVerify, limitVerify)
+	err = within(ctx, limitVerify, func(ctx context.Context) error {
+		return h.verify(ctx, h.peer, h.of(Client), st, hello.AgentKey, hello.Service, nil)
+	})
+	return own, err
+}
+
+// answer sends our evidence, if the client wants any, and that it is accepted.
+func (h *handshake) answer(ctx context.Context, own string, hello *helloClient, slots chan struct{}) error {
+	h.enter(StepSendEvidence, limitAttest)
+	var frames []byte
+	if slices.Contains(hello.Attest, attestPeer) {
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+		default:
+			return &busyError{time.Second}
+		}
+		evidence, err := h.attest(ctx, own, "", hello.MaxEvidence)
+		if err != nil {
+			return err
+		}
+		frames = evidence
+	}
+	result, err := encodeFrame(frameResult, &resultFrame{OK: true, Code: CodeOK, Ref: h.ref, TTLSeconds: int(h.cfg.MaxSession / time.Second)}, maxResult)
+	if err != nil {
+		return err
+	}
+	_, err = h.conn.Write(append(frames, result...))
+	return err
+}
+
+// waitResult wants the peer's RESULT ok, and returns how long it wants the session to
+// last.
+func (h *handshake) waitResult() (ttl time.Duration, err error) {
+	h.enter(StepWaitResult, limitWaitResult)
+	var r resultFrame
+	if _, err := h.read(frameResult, maxResult, &r); err != nil {
+		return 0, err
+	}
+	if r.Code != CodeOK || r.Ref != h.ref {
+		return 0, &formError{fmt.Sprintf("result %.20q for %.20q, want ok for %s", r.Code, r.Ref, h.ref)}
+	}
+	return time.Duration(min(max(r.TTLSeconds, 0), 1<<20)) * time.Second, nil
+}
+
+// dial is the client's side, once TLS stands.
+func (h *handshake) dial(ctx context.Context, service string, entries []string) (ttl time.Duration, err error) {
+	h.enter(StepHello, limitHello)
+	h.peer.Service = service
+	hello := helloClient{Version: 1, Nonce: nonce(), Attest: []string{attestPeer}, Modes: []string{modeQuote}, Formats: []string{formatDstack},
+		Service: service, MaxEvidence: defaultMaxEvidence, AgentKey: h.agentKey()}
+	if h.cfg.Attester != nil {
+		hello.Attest, hello.Modes = []string{attestSelf, attestPeer}, []string{modeQuote, modeKey}
+	}
+	frameC, err := h.write(frameHelloClient, &hello, maxHello)
+	if err != nil {
+		return 0, err
+	}
+	var answer helloServer
+	frameS, err := h.read(frameHelloServer, maxHello, &answer)
+	if err != nil {
+		return 0, err
+	}
+	if err := answer.check(&hello); err != nil {
+		return 0, err
+	}
+	if err := h.bind(frameC, frameS); err != nil {
+		return 0, err
+	}
+	peerMode, err := h.sendEvidence(ctx, &answer)
+	if err != nil {
+		return 0, err
+	}
+	return h.appraiseServer(ctx, peerMode, &answer, entries)
+}
+
+// sendEvidence sends what the server wants, and returns the mode that we ask of it.
+func (h *handshake) sendEvidence(ctx context.Context, answer *helloServer) (peerMode string, err error) {
+	if answer.ClientEvidence == modeNone {
+		return modeQuote, nil
+	}
+	if h.cfg.Attester == nil {
+		return "", &unsupportedError{"the server wants evidence, and we have no TEE"}
+	}
+	peerMode = h.wants(answer.AgentKey, []string{modeQuote, modeKey})
+	h.enter(StepSendEvidence, limitAttest)
+	frame, err := h.attest(ctx, answer.ClientEvidence, peerMode, answer.MaxEvidence)
+	if err != nil {
+		return "", err
+	}
+	_, err = h.conn.Write(frame)
+	return peerMode, err
+}
+
+// appraiseServer judges the server's evidence; then the channel is open for us.
+func (h *handshake) appraiseServer(ctx context.Context, mode string, answer *helloServer, entries []string) (ttl time.Duration, err error) {
+	h.enter(StepWaitEvidence, limitVerify+limitAttest)
+	st, _, err := h.readStatement(mode)
+	if err != nil {
+		return 0, err
+	}
+	if ttl, err = h.waitResult(); err != nil {
+		return 0, err
+	}
+	h.enter(StepVerify, limitVerify)
+	if err := within(ctx, limitVerify, func(ctx context.Context) error {
+		return h.verify(ctx, h.peer, h.of(Server), st, answer.AgentKey, "", entries)
+	}); err != nil {
+		return 0, err
+	}
+	_, err = h.write(frameResult, &resultFrame{OK: true, Code: CodeOK, Ref: h.ref, TTLSeconds: int(h.cfg.MaxSession / time.Second)}, maxResult)
+	return ttl, err
+}

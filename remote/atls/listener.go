@@ -1,0 +1,240 @@
+package atls
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"tdx-agent/remote/cache"
+)
+
+// ListenerConfig says what a [Listener] offers and spends. A zero limit has its
+// default.
+type ListenerConfig struct {
+	Config
+	// Services are the names that clients may ask for. None means that nobody gets in.
+	Services []string
+	// Unattested are the services that take clients which prove nothing.
+	Unattested []string
+
+	MaxHandshakes  int // under way at once. Default: 256
+	MaxPerAddress  int // of these from one IP address. Default: 16
+	PerSecond      int // new connections from one IP address. Default: 5
+	Burst          int // at once, above PerSecond. Default: 20
+	MaxQuotes      int // own quotes that handshakes wait for. Default: 32
+	MaxConnections int // open channels. Default: 4096
+}
+
+func (c *ListenerConfig) complete() {
+	for _, d := range []struct {
+		field *int
+		value int
+	}{{&c.MaxHandshakes, 256}, {&c.MaxPerAddress, 16}, {&c.PerSecond, 5}, {&c.Burst, 20}, {&c.MaxQuotes, 32}, {&c.MaxConnections, 4096}} {
+		if *d.field <= 0 {
+			*d.field = d.value
+		}
+	}
+}
+
+// Listener accepts channels. It implements net.Listener: Accept returns only channels
+// that are open, and no slow client holds up another.
+type Listener struct {
+	inner net.Listener
+	cfg   ListenerConfig
+	end   *end
+
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+	group  sync.WaitGroup
+	ready  chan *Conn
+	failed chan error // inner's Accept
+	slots  chan struct{}
+
+	mu       sync.Mutex // guards what follows
+	pending  map[string]int
+	total    int
+	open     map[*Conn]struct{}
+	limiters *cache.Cache[string, *rate.Limiter]
+}
+
+// NewListener accepts channels on inner, which it closes with itself.
+func NewListener(inner net.Listener, cfg ListenerConfig) (*Listener, error) {
+	cfg.complete()
+	if cfg.Attester == nil {
+		return nil, errors.New("atls: a listener needs an Attester")
+	}
+	e, err := newEnd(cfg.Config)
+	if err != nil {
+		return nil, err
+	}
+	l := &Listener{inner: inner, cfg: cfg, end: e, ready: make(chan *Conn), failed: make(chan error, 1), slots: make(chan struct{}, cfg.MaxQuotes),
+		pending: map[string]int{}, open: map[*Conn]struct{}{}, limiters: cache.New[string, *rate.Limiter](2048)}
+	l.ctx, l.cancel = context.WithCancel(context.Background())
+	l.group.Go(l.acceptAll)
+	return l, nil
+}
+
+// acceptAll starts a handshake for each connection until inner is closed.
+func (l *Listener) acceptAll() {
+	for {
+		raw, err := l.inner.Accept()
+		if err != nil {
+			if l.ctx.Err() == nil && isTemporary(err) && l.pause() {
+				continue
+			}
+			l.failed <- err
+			return
+		}
+		host, ok := l.admit(raw)
+		if !ok {
+			raw.Close() // before TLS there is nothing to say it with
+			continue
+		}
+		l.group.Go(func() { l.handshake(raw, host) })
+	}
+}
+
+// isTemporary is what net/http waits out too: too many open files, for one.
+func isTemporary(err error) bool {
+	var t interface{ Temporary() bool }
+	return errors.As(err, &t) && t.Temporary()
+}
+
+func (l *Listener) pause() bool {
+	select {
+	case <-l.ctx.Done():
+		return false
+	case <-time.After(20 * time.Millisecond):
+		return true
+	}
+}
+
+// admit counts a connection against its address.
+func (l *Listener) admit(raw net.Conn) (host string, ok bool) {
+	host, _, err := net.SplitHostPort(address(raw))
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err == nil { // other sockets than TCP have no addresses to tell clients by
+		limiter, known := l.limiters.Get(host)
+		if !known {
+			limiter = rate.NewLimiter(rate.Limit(l.cfg.PerSecond), l.cfg.Burst)
+			l.limiters.Add(host, limiter)
+		}
+		if !limiter.Allow() || l.pending[host] >= l.cfg.MaxPerAddress {
+			return host, false
+		}
+	}
+	if l.total >= l.cfg.MaxHandshakes || len(l.open) >= l.cfg.MaxConnections {
+		return host, false
+	}
+	l.pending[host]++
+	l.total++
+	return host, true
+}
+
+func (l *Listener) done(host string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.total--
+	if l.pending[host]--; l.pending[host] == 0 {
+		delete(l.pending, host)
+	}
+}
+
+func (l *Listener) handshake(raw net.Conn, host string) {
+	c, err := l.handshaken(raw)
+	l.done(host)
+	if err != nil {
+		raw.Close()
+		return
+	}
+	select {
+	case l.ready <- c:
+	case <-l.ctx.Done():
+		c.Close()
+	}
+}
+
+func (l *Listener) handshaken(raw net.Conn) (*Conn, error) {
+	ctx, cancel := context.WithTimeout(l.ctx, limitTotal)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })()
+	h, err := l.end.begin(ctx, raw, Server)
+	var ttl time.Duration
+	if err == nil {
+		ttl, err = h.serve(ctx, &l.cfg, l.slots)
+	}
+	if failed := h.finish(err); failed != nil {
+		return nil, failed
+	}
+	c := newConn(h, ttl, l.closed)
+	l.mu.Lock()
+	l.open[c] = struct{}{}
+	l.mu.Unlock()
+	return c, nil
+}
+
+func (l *Listener) closed(c *Conn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.open, c)
+}
+
+// Accept returns the next open channel, a *Conn.
+func (l *Listener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.ready:
+		return c, nil
+	case err := <-l.failed:
+		l.failed <- err // for the next caller
+		if l.ctx.Err() != nil {
+			return nil, net.ErrClosed
+		}
+		return nil, err
+	}
+}
+
+// Close ends handshakes under way and waits for them. Open channels stay.
+func (l *Listener) Close() error {
+	l.cancel()
+	err := l.inner.Close()
+	l.group.Wait()
+	return err
+}
+
+// Addr is the address of the inner listener.
+func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
+
+// Peers lists the peers of open channels.
+func (l *Listener) Peers() []*Peer {
+	var peers []*Peer
+	for _, c := range l.channels() {
+		peers = append(peers, c.peer)
+	}
+	return peers
+}
+
+func (l *Listener) channels() (all []*Conn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for c := range l.open {
+		all = append(all, c)
+	}
+	return all
+}
+
+// Reappraise judges the peers of all open channels by the policy of now, as after a
+// reload, and drains the channels of those that are no longer accepted. It returns how
+// many these are.
+func (l *Listener) Reappraise(ctx context.Context) (denied int) {
+	for _, c := range l.channels() {
+		if c.reappraise(ctx, c.peer.Service, nil) != nil {
+			denied++
+		}
+	}
+	return denied
+}
