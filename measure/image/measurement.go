@@ -71,9 +71,13 @@ func (k *servedKernel) rawDigest() (measure.Digest, error) {
 	return *k.raw, nil
 }
 
-// kernel returns the digest of the kernel as served in a mode.
-func (m *Measurement) kernel(mode KernelMode, memory uint64) (measure.Digest, error) {
+// KernelDigest returns the digest of the kernel event: of the kernel in a mode, for a
+// guest with memory bytes of RAM. A Measurement from [ParseMaterial] has only that of
+// KernelPatched, and only for 2 GiB and from 2816 MiB; else it is an [*UnmodelledError].
+func (m *Measurement) KernelDigest(mode KernelMode, memory uint64) (measure.Digest, error) {
 	switch {
+	case mode < KernelPatched || mode > KernelNormalized:
+		return measure.Digest{}, fmt.Errorf("kernel mode %d, want patched, raw or normalized", int(mode))
 	case mode == KernelPatched && lowMemory(memory) == lowMemorySplit:
 		return m.Kernel, m.kernelErr
 	case m.served == nil:
@@ -161,7 +165,7 @@ func (m *Measurement) Measure(machine Machine) (*Result, error) {
 	r := &Result{QEMU: v.String(), PageOrder: machine.pageOrder(v), PIC: machine.pic(v), Kernel: machine.kernelMode(v, m.normalized), OSImageHash: m.OSImageHash}
 	r.Root, r.Firmware = m.rootDisk(machine), m.firmware(machine)
 	r.MRTD, r.OtherMRTD = m.mrtd(r.PageOrder), m.mrtd(TwoPass+SinglePass-r.PageOrder)
-	kernel, err := m.kernel(r.Kernel, machine.MemoryBytes)
+	kernel, err := m.KernelDigest(r.Kernel, machine.MemoryBytes)
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,112 @@
+package image_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"tdx-agent/measure/image"
+)
+
+func TestImageRefused(t *testing.T) {
+	for _, v := range []struct {
+		name     string
+		metadata map[string]any
+		want     string
+	}{
+		{"path upwards", map[string]any{"kernel": "../bzImage"}, "in the image's folder"},
+		{"absolute path", map[string]any{"initrd": "/etc/passwd"}, "in the image's folder"},
+		{"no firmware", map[string]any{"bios": ""}, "in the image's folder"},
+		{"type", map[string]any{"cmdline": 1}, "cmdline"},
+		{"NUL", map[string]any{"cmdline": "a\x00b"}, "NUL"},
+		{"video mode", map[string]any{"cmdline": "quiet vga=ask"}, "vga="},
+		{"variant", map[string]any{"ovmf_variant": "other"}, "ovmf_variant"},
+		{"absent", map[string]any{"initrd": "other"}, "other"},
+		{"folder", map[string]any{"initrd": "."}, "want a regular file"},
+	} {
+		if _, err := static(t, imageOf(t, newKernel(), v.metadata)); err == nil || !strings.Contains(err.Error(), v.want) {
+			t.Errorf("%s: got %v, want an error with %q", v.name, err, v.want)
+		}
+	}
+	for name, text := range map[string]string{"not JSON": "{", "array": "[]", "twice": `{"bios":"a","bios":"b"}`, "more": "{} {}", "UTF-8": "{\"\xff\":1}", "large": strings.Repeat(" ", 1<<17)} {
+		if _, err := image.ParseMetadata([]byte(text)); err == nil {
+			t.Errorf("%s: parsed", name)
+		}
+	}
+}
+
+// TestImageConfined does not follow a link out of the folder, and does not hang at a FIFO.
+func TestImageConfined(t *testing.T) {
+	path := imageOf(t, newKernel(), map[string]any{"initrd": "link"})
+	outside := filepath.Join(t.TempDir(), "secret")
+	if err := errors.Join(os.WriteFile(outside, []byte("secret"), 0o600), os.Symlink(outside, filepath.Join(filepath.Dir(path), "link"))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := static(t, path); err == nil || !strings.Contains(err.Error(), "escapes") {
+		t.Errorf("link out of the folder: got %v", err)
+	}
+	path = imageOf(t, newKernel(), map[string]any{"initrd": "fifo"})
+	if err := syscall.Mkfifo(filepath.Join(filepath.Dir(path), "fifo"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := static(t, path); err == nil || !strings.Contains(err.Error(), "want a regular file") {
+		t.Errorf("FIFO: got %v", err)
+	}
+	path = imageOf(t, newKernel(), nil)
+	if err := os.Truncate(filepath.Join(filepath.Dir(path), "initrd"), 1<<32); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := static(t, path); err == nil || !strings.Contains(err.Error(), "want at most") {
+		t.Errorf("initrd of 4 GiB: got %v", err)
+	}
+}
+
+func TestStaticStops(t *testing.T) {
+	img, err := image.OpenImage(imageOf(t, newKernel(), nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := img.Static(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want %v", err, context.Canceled)
+	}
+}
+
+// TestVerify compares the files with the manifest, whose hash is os_image_hash.
+func TestVerify(t *testing.T) {
+	path := imageOf(t, newKernel(), nil)
+	dir := filepath.Dir(path)
+	img, err := image.OpenImage(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	if err := img.Verify(t.Context()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("without a manifest: got %v", err)
+	}
+	sums := fmt.Sprintf("%x  bzImage\n%x  initrd\n", sha256.Sum256(newKernel()), sha256.Sum256(make([]byte, 5000)))
+	if err := os.WriteFile(filepath.Join(dir, "sha256sum.txt"), []byte(sums), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := img.Verify(t.Context()); err != nil {
+		t.Error(err)
+	}
+	m, err := img.Static(t.Context())
+	if want := sha256.Sum256([]byte(sums)); err != nil || string(m.OSImageHash) != string(want[:]) {
+		t.Errorf("os_image_hash is %x, want %x (%v)", m.OSImageHash, want, err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "initrd"), []byte("other"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := img.Verify(t.Context()); err == nil || !strings.Contains(err.Error(), "initrd hashes to") {
+		t.Errorf("other initrd: got %v", err)
+	}
+}
