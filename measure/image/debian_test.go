@@ -1,7 +1,9 @@
 package image_test
 
 import (
+	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,19 +13,12 @@ import (
 	"tdx-agent/measure/image"
 )
 
-// debianFile returns a file of a Debian package, of which none is kept here, or skips
-// the test where there is none.
-func debianFile(t testing.TB, name string) string {
-	t.Helper()
-	dir := os.Getenv("TDX_AGENT_DEBIAN")
-	if dir == "" {
-		t.Skip("no Debian firmware and kernel: set TDX_AGENT_DEBIAN to the folder that packaging/testbed/firmware.sh makes")
-	}
-	path := filepath.Join(dir, name)
-	if _, err := os.Stat(path); err != nil {
-		t.Fatal(err)
-	}
-	return path
+// debianFiles are the files of Debian packages that the expected values belong to, with
+// their SHA-256. None is kept here.
+var debianFiles = map[string]string{
+	bookwormOVMF: "7b456907dd0786d415999e801a1ac4637b8ed4d7cf5378cfc6edbe5e574dd773",
+	trixieOVMF:   "14954040cc754ade0c625ac3470ea46d4c14318b5b1396de4ef77090203d76db",
+	debianKernel: "3d616aa853fe11b1c0ea99a1cdb4fb6ddc9010ba7c4562de700ad94264989654",
 }
 
 const (
@@ -32,11 +27,19 @@ const (
 	debianKernel = "bookworm/boot/vmlinuz-6.1.0-50-cloud-amd64"
 )
 
-func readFile(t testing.TB, path string) []byte {
+// debianFile returns a file's content, or skips the test where there is none.
+func debianFile(t testing.TB, name string) []byte {
 	t.Helper()
-	b, err := os.ReadFile(path)
+	dir := os.Getenv("TDX_AGENT_DEBIAN")
+	if dir == "" {
+		t.Skip("no Debian firmware and kernel: set TDX_AGENT_DEBIAN to the folder that packaging/testbed/firmware.sh makes")
+	}
+	b, err := os.ReadFile(filepath.Join(dir, name))
 	if err != nil {
-		t.Fatal(err)
+		t.Skipf("no Debian firmware and kernel: %v", err)
+	}
+	if got := fmt.Sprintf("%x", sha256.Sum256(b)); got != debianFiles[name] {
+		t.Skipf("%s is of another version of its package: SHA-256 %s", name, got)
 	}
 	return b
 }
@@ -60,7 +63,7 @@ func TestDebianMRTD(t *testing.T) {
 			"456f07902150d008bb913c3e1e84e9297f735a6c83cd2a957a1f0a8bbedb06df188e3837ae48d32c73d473d097dc0db2",
 			"bdc6fb145880f06f30c8b346b8dce2a99d9351b56892df22f80fcf6574caa9f9c31df8e8576d53b4d0cd1c3f28910e11"},
 	} {
-		fw, err := image.ParseTDVF(readFile(t, debianFile(t, v.file)))
+		fw, err := image.ParseTDVF(debianFile(t, v.file))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -81,7 +84,7 @@ func debianImage(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()
 	for name, from := range map[string]string{"ovmf.fd": trixieOVMF, "bzImage": debianKernel} {
-		if err := os.WriteFile(filepath.Join(dir, name), readFile(t, debianFile(t, from)), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, name), debianFile(t, from), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -1,0 +1,389 @@
+package main
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/bits"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"tdx-agent/measure/image"
+)
+
+func newImage() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "image",
+		Short: "Calculate and explain the Reference Values of an OS image",
+		Long: `Calculate MRTD and RTMR0 to RTMR2 from the files of an OS image and the
+configuration of a VM, and explain how a real event log differs. No TD, no QEMU and
+no network is needed.
+
+Exit status 1 when something differs, 2 when the configuration is not modelled.`,
+		Args: unknownCommand,
+		RunE: needsSubcommand,
+	}
+	cmd.AddCommand(newImageMeasure(), newImageExplain(), newImageFirmware(), newImageACPI(), newImageMaterial())
+	return cmd
+}
+
+// longDashes lets the image commands be called as older tools are, with one dash before
+// a long name: no image command has flags of one letter that could be meant.
+func longDashes(args []string) []string {
+	if len(args) == 0 || args[0] != "image" {
+		return args
+	}
+	out := append([]string(nil), args...)
+	for i, a := range out {
+		if len(a) > 2 && a[0] == '-' && a[1] != '-' && (a[1] < '0' || a[1] > '9') {
+			out[i] = "-" + a
+		}
+	}
+	return out
+}
+
+// machineFlags are the flags that describe a VM: one by one, or by its vm_config.
+type machineFlags struct {
+	cpu                                  int
+	memory, ram                          string
+	qemu, pic, hotplug, hole, root       string
+	profile, kernel, smbios              string
+	gpus, nvswitches, nics, volumes      int
+	twoPass, singlePass, hugepages, near bool
+	vmConfig                             string
+}
+
+func (f *machineFlags) register(cmd *cobra.Command) {
+	fs := cmd.Flags()
+	fs.StringVar(&f.vmConfig, "vm-config", "", "vm_config of the VM (JSON), instead of the flags that describe it")
+	fs.IntVar(&f.cpu, "cpu", 0, "number of vCPUs")
+	fs.StringVar(&f.memory, "memory", "", "size of memory: 4G, 4096M, or a number of MiB")
+	fs.StringVar(&f.ram, "ram", "", "the same as --memory")
+	fs.StringVar(&f.qemu, "qemu", "", "QEMU's version (default 9.1.0, as dstack assumes)")
+	fs.BoolVar(&f.twoPass, "two-pass", false, "QEMU adds all pages before it measures them (default: by QEMU's version)")
+	fs.BoolVar(&f.singlePass, "single-pass", false, "QEMU measures each page as it adds it (default: by QEMU's version)")
+	fs.StringVar(&f.pic, "pic", "", "on or off: whether the VM has a PIC (default: by QEMU's version)")
+	fs.StringVar(&f.hotplug, "hotplug", "on", "on or off: ACPI hotplug of PCI devices")
+	fs.IntVar(&f.gpus, "gpus", 0, "number of GPUs passed through")
+	fs.IntVar(&f.nvswitches, "nvswitches", 0, "number of NVSwitches passed through")
+	fs.IntVar(&f.nics, "nics", 1, "number of network cards")
+	fs.IntVar(&f.volumes, "volumes", 0, "number of verity volumes besides the root disk")
+	fs.StringVar(&f.hole, "pci-hole64", "", "size of the 64-bit PCI window, with a unit: 64G (default: QEMU's)")
+	fs.BoolVar(&f.hugepages, "hugepages", false, "memory comes from huge pages")
+	fs.StringVar(&f.root, "root", "", "virtio or cdrom: how the root file system is attached (default: by the image; virtio)")
+	fs.StringVar(&f.profile, "firmware-profile", "", "pre202505 or stable202505 (default: by the image; pre202505)")
+	fs.StringVar(&f.kernel, "kernel-mode", "", "patched, raw or normalized (default: by image and QEMU's version)")
+	fs.StringVar(&f.smbios, "smbios", "", "digest of the SMBIOS event of stable202505, which cannot be calculated")
+	fs.BoolVar(&f.near, "assume-profile", false, "use the nearest known QEMU for one that is too new")
+	cmd.MarkFlagsMutuallyExclusive("two-pass", "single-pass")
+	cmd.MarkFlagsMutuallyExclusive("memory", "ram")
+	for _, name := range []string{"cpu", "memory", "ram", "qemu", "two-pass", "single-pass", "pic", "hotplug", "gpus", "nvswitches", "nics", "volumes", "pci-hole64", "hugepages"} {
+		cmd.MarkFlagsMutuallyExclusive("vm-config", name)
+	}
+}
+
+// machine returns the VM that the flags describe, and its vm_config if they name one.
+func (f *machineFlags) machine() (image.Machine, *image.VMConfig, error) {
+	var m image.Machine
+	var c *image.VMConfig
+	var err error
+	if f.vmConfig != "" {
+		if c, err = readVMConfig(f.vmConfig); err == nil {
+			m, err = c.Machine()
+		}
+	} else {
+		m, err = f.described()
+	}
+	if err == nil {
+		err = f.refine(&m)
+	}
+	if err == nil {
+		err = m.Check()
+	}
+	return m, c, usageUnlessCoded(err)
+}
+
+func readVMConfig(path string) (*image.VMConfig, error) {
+	b, err := readCapped(path, 1<<20)
+	if err != nil {
+		return nil, err
+	}
+	c, err := image.ParseVMConfig(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+func (f *machineFlags) described() (image.Machine, error) {
+	m := image.Machine{VCPUs: f.cpu, QEMU: f.qemu, GPUs: f.gpus, NVSwitches: f.nvswitches, NICs: f.nics, Volumes: f.volumes, Hugepages: f.hugepages}
+	if f.cpu == 0 || f.memory+f.ram == "" {
+		return m, errors.New("want --cpu and --memory, or --vm-config")
+	}
+	var err error
+	if m.MemoryBytes, err = parseSize(f.memory+f.ram, 1<<20); err != nil {
+		return m, fmt.Errorf("--memory: %v", err)
+	}
+	if f.hole != "" {
+		if m.PCIHole64, err = parseSize(f.hole, 0); err != nil {
+			return m, fmt.Errorf("--pci-hole64: %v", err)
+		}
+	}
+	hotplug, err := onOff("--hotplug", f.hotplug)
+	if err != nil {
+		return m, err
+	}
+	m.HotplugOff = !*hotplug
+	if f.pic != "" {
+		m.PIC, err = onOff("--pic", f.pic)
+	}
+	switch {
+	case f.twoPass:
+		m.PageOrder = image.TwoPass
+	case f.singlePass:
+		m.PageOrder = image.SinglePass
+	}
+	return m, err
+}
+
+// refine sets what a vm_config does not say.
+func (f *machineFlags) refine(m *image.Machine) (err error) {
+	m.AssumeProfile = f.near
+	switch f.root {
+	case "":
+	case "virtio":
+		m.Root = image.RootVirtio
+	case "cdrom":
+		m.Root = image.RootCDROM
+	default:
+		return fmt.Errorf("--root is %q, want virtio or cdrom", f.root)
+	}
+	if f.profile != "" {
+		if m.Firmware, err = image.ParseFirmwareProfile(f.profile); err != nil {
+			return err
+		}
+	}
+	if m.Kernel, err = image.ParseKernelMode(f.kernel); err != nil {
+		return err
+	}
+	if f.smbios != "" {
+		m.SMBIOS, err = parseDigest(f.smbios)
+	}
+	return err
+}
+
+func onOff(name, s string) (*bool, error) {
+	on := s == "on"
+	if !on && s != "off" {
+		return nil, fmt.Errorf("%s is %q, want on or off", name, s)
+	}
+	return &on, nil
+}
+
+// parseSize parses a size in bytes with a unit K, M, G or T. A number without one counts
+// in units of plain bytes, or is an error if plain is 0.
+func parseSize(s string, plain uint64) (uint64, error) {
+	digits := strings.TrimRight(s, "iBKMGTkmgt")
+	unit := plain
+	switch strings.ToUpper(strings.TrimSuffix(strings.TrimSuffix(s[len(digits):], "B"), "i")) {
+	case "":
+		if s[len(digits):] != "" || plain == 0 {
+			return 0, fmt.Errorf("%q is no size; want a number with K, M, G or T", s)
+		}
+	case "K":
+		unit = 1 << 10
+	case "M":
+		unit = 1 << 20
+	case "G":
+		unit = 1 << 30
+	case "T":
+		unit = 1 << 40
+	default:
+		return 0, fmt.Errorf("%q is no size; want a number with K, M, G or T", s)
+	}
+	n, err := strconv.ParseUint(digits, 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%q is no size; want a number with K, M, G or T", s)
+	}
+	high, size := bits.Mul64(n, unit)
+	if high != 0 {
+		return 0, fmt.Errorf("%q is too large", s)
+	}
+	return size, nil
+}
+
+// usageUnlessCoded makes an error one of usage: what was asked for is wrong, or not
+// modelled.
+func usageUnlessCoded(err error) error {
+	var coded interface{ ExitCode() int }
+	if err == nil || errors.As(err, &coded) {
+		return err
+	}
+	return withExit(exitUsage, err)
+}
+
+// imageFlags name an image: by its files or by its measurement document.
+type imageFlags struct{ metadata, material string }
+
+func (f *imageFlags) register(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.metadata, "metadata", "", "metadata.json of the image, with its files beside it")
+	cmd.Flags().StringVar(&f.material, "material", "", image.MaterialFile+" of the image, instead of its files")
+	cmd.MarkFlagsMutuallyExclusive("metadata", "material")
+}
+
+// measurement measures the image, nil if none is named. One that c carries is used in
+// its place, and note says so.
+func (f *imageFlags) measurement(cmd *cobra.Command, c *image.VMConfig) (m *image.Measurement, note string, err error) {
+	switch {
+	case f.metadata != "":
+		img, err := image.OpenImage(f.metadata)
+		if err != nil {
+			return nil, "", err
+		}
+		defer img.Close()
+		m, err = img.Static(cmd.Context())
+		return m, "", err
+	case f.material != "":
+		b, err := readCapped(f.material, 1<<20)
+		if err != nil {
+			return nil, "", err
+		}
+		m, err = image.ParseMaterial(b)
+		return m, "", err
+	case c == nil || c.Material == nil:
+		return nil, "", nil
+	}
+	if m, err = image.ParseMaterial(c.Material); err != nil {
+		return nil, "", err
+	}
+	if c.ChecksumFile == nil || len(c.OSImageHash) != 32 {
+		return m, "the image is what the vm_config says; nothing binds that to its os_image_hash", nil
+	}
+	if err := image.VerifyMaterial([32]byte(c.OSImageHash), c.ChecksumFile, c.Material); err != nil {
+		return nil, "", fmt.Errorf("vm_config: %w", err)
+	}
+	m.OSImageHash = c.OSImageHash
+	return m, fmt.Sprintf("the image is what the vm_config says; accept it only if you know os_image_hash %x", c.OSImageHash), nil
+}
+
+func newImageMeasure() *cobra.Command {
+	var machine machineFlags
+	var files imageFlags
+	var events bool
+	cmd := &cobra.Command{
+		Use:   "measure",
+		Short: "Calculate MRTD and RTMR0 to RTMR2",
+		Long: `Calculate MRTD and RTMR0 to RTMR2 of a TD that runs an image on a VM. State QEMU's
+version: a wrong one is the usual reason why MRTD and RTMR0 differ. Long flags may
+be written with one dash, as older tools have them.`,
+		Example: `  tdx-agent image measure --metadata dstack-0.5.4/metadata.json --cpu 4 --memory 4G --qemu 8.2.2
+  tdx-agent image measure --metadata metadata.json --vm-config vm_config.json --events
+  tdx-agent image measure --material measurement.tdx.cbor --cpu 2 --memory 2048 --qemu 8.2.2 --json`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			m, c, err := machine.machine()
+			if err != nil {
+				return err
+			}
+			img, note, err := files.measurement(cmd, c)
+			if err != nil {
+				return usageIfUnmodelled(err)
+			}
+			if img == nil {
+				return exitf(exitUsage, "want --metadata or --material, or a --vm-config that carries a measurement")
+			}
+			r, err := img.Measure(m)
+			if err != nil {
+				return usageIfUnmodelled(err)
+			}
+			if note != "" {
+				fmt.Fprintln(cmd.ErrOrStderr(), "tdx-agent: "+note)
+			}
+			return printMeasured(cmd.OutOrStdout(), r, events, wantJSON(cmd))
+		},
+	}
+	machine.register(cmd)
+	files.register(cmd)
+	cmd.Flags().BoolVar(&events, "events", false, "print the events of the registers too")
+	jsonFlag(cmd)
+	return cmd
+}
+
+// usageIfUnmodelled gives what is not modelled the status of usage.
+func usageIfUnmodelled(err error) error {
+	if errors.As(err, new(*image.UnmodelledError)) {
+		return withExit(exitUsage, err)
+	}
+	return err
+}
+
+// measuredReply is image measure's JSON form. mr_enclave is mr_system's older name.
+type measuredReply struct {
+	Schema      string          `json:"schema"`
+	MRTD        string          `json:"mrtd"`
+	RTMR0       string          `json:"rtmr0"`
+	RTMR1       string          `json:"rtmr1"`
+	RTMR2       string          `json:"rtmr2"`
+	MREnclave   string          `json:"mr_enclave"`
+	MRSystem    string          `json:"mr_system"`
+	MRImage     string          `json:"mr_image"`
+	OSImageHash string          `json:"os_image_hash,omitempty"`
+	Profile     measuredProfile `json:"profile"`
+	Events      []measuredEvent `json:"events,omitempty"`
+}
+
+type measuredProfile struct {
+	QEMU      string `json:"qemu"`
+	Proven    string `json:"proven"`
+	PageOrder string `json:"page_order"`
+	PIC       bool   `json:"pic"`
+	Kernel    string `json:"kernel"`
+	Firmware  string `json:"firmware"`
+	Root      string `json:"root"`
+}
+
+type measuredEvent struct {
+	IMR       int      `json:"imr"`
+	Index     int      `json:"index"`
+	Type      uint32   `json:"event_type"`
+	Name      string   `json:"name"`
+	Digest    string   `json:"digest"`
+	Payload   string   `json:"event_payload,omitempty"`
+	DependsOn []string `json:"depends_on,omitempty"`
+	Opaque    bool     `json:"opaque,omitempty"`
+}
+
+func printMeasured(out io.Writer, r *image.Result, events, asJSON bool) error {
+	system := fmt.Sprintf("%x", r.MRSystem(nil))
+	reply := measuredReply{
+		Schema: "tdx-agent/image-measure/v1", MRTD: r.MRTD.String(), RTMR0: r.RTMR[0].String(), RTMR1: r.RTMR[1].String(), RTMR2: r.RTMR[2].String(),
+		MREnclave: system, MRSystem: system, MRImage: fmt.Sprintf("%x", r.MRImage()), OSImageHash: hex.EncodeToString(r.OSImageHash),
+		Profile: measuredProfile{r.QEMU, r.Proven, r.PageOrder.String(), r.PIC, r.Kernel.String(), string(r.Firmware), r.Root.String()},
+	}
+	if events {
+		var index [3]int
+		for _, e := range r.Log {
+			reply.Events = append(reply.Events, measuredEvent{e.IMR, index[e.IMR], e.Type, e.Name, e.Digest.String(), hex.EncodeToString(e.Payload), e.DependsOn, e.Opaque})
+			index[e.IMR]++
+		}
+	}
+	if asJSON {
+		return json.NewEncoder(out).Encode(reply)
+	}
+	for _, v := range [][2]string{{"mrtd", reply.MRTD}, {"rtmr0", reply.RTMR0}, {"rtmr1", reply.RTMR1}, {"rtmr2", reply.RTMR2},
+		{"mr_image", reply.MRImage}, {"mr_system", reply.MRSystem}, {"os_image_hash", reply.OSImageHash}} {
+		if v[1] != "" {
+			fmt.Fprintf(out, "%-14s %s\n", v[0], v[1])
+		}
+	}
+	p := reply.Profile
+	fmt.Fprintf(out, "%-14s QEMU %s (%s), %s, pic %v, kernel %s, firmware %s, root %s\n", "profile", p.QEMU, p.Proven, p.PageOrder, p.PIC, p.Kernel, p.Firmware, p.Root)
+	for _, e := range reply.Events {
+		fmt.Fprintf(out, "RTMR%d %2d  %s  %-20s %s\n", e.IMR, e.Index, e.Digest, e.Name, strings.Join(e.DependsOn, ", "))
+	}
+	return nil
+}
