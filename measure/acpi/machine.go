@@ -1,5 +1,22 @@
 package acpi
 
+import (
+	"errors"
+	"fmt"
+)
+
+const (
+	mib = 1 << 20
+	gib = 1 << 30
+
+	// Up to here tables were compared with a stock QEMU's.
+	maxCPUs   = 254
+	minMemory = 16 * mib
+	maxMemory = 8 << 40
+	maxHole64 = 8 << 40
+	maxSlots  = chipsetSlot - 1
+)
+
 // Machine is the configuration QEMU derives its ACPI tables from: a q35 machine as
 // dstack's VMM starts it. Every field is the host's word; Build judges whether it is a
 // machine whose tables are known.
@@ -29,4 +46,68 @@ type Tables struct {
 	Tables []byte // etc/acpi/tables
 	RSDP   []byte // etc/acpi/rsdp
 	Loader []byte // etc/table-loader
+}
+
+// check refuses what QEMU would not start and what has no known tables, and finds the
+// dialect of the rest.
+func (m *Machine) check() (dialect, error) {
+	d, known := m.QEMU.dialect()
+	switch {
+	case !known:
+		return d, fmt.Errorf("acpi: %v", m.QEMU)
+	case m.CPUs < 1 || m.CPUs > maxCPUs:
+		return d, fmt.Errorf("acpi: %d vCPUs: tables are known for 1 to %d", m.CPUs, maxCPUs)
+	case m.Memory < minMemory || m.Memory > maxMemory || m.Memory%mib != 0:
+		return d, fmt.Errorf("acpi: %d bytes of RAM: want whole MiB, %d MiB to %d TiB", m.Memory, minMemory/mib, maxMemory>>40)
+	case m.PCIHole64 > maxHole64 || m.PCIHole64%gib != 0:
+		return d, fmt.Errorf("acpi: a pci-hole64-size of %d bytes: tables are known for whole GiB up to %d TiB", m.PCIHole64, maxHole64>>40)
+	case d.needsPIC && !m.PIC:
+		return d, fmt.Errorf("acpi: %v without pic: not known what its MADT says", m.QEMU)
+	}
+	return d, m.checkDevices(d)
+}
+
+func (m *Machine) checkDevices(d dialect) error {
+	for _, c := range [...]struct {
+		what  string
+		count int
+	}{{"NICs", m.NICs}, {"volumes", m.Volumes}, {"GPUs", m.GPUs}, {"NVSwitches", m.NVSwitches}} {
+		if c.count < 0 || c.count > maxSlots {
+			return fmt.Errorf("acpi: %d %s: the root bus has %d slots", c.count, c.what, maxSlots)
+		}
+	}
+	devices, ports := m.slots()
+	switch {
+	case devices+ports > maxSlots:
+		return fmt.Errorf("acpi: %d devices: the root bus has %d slots", devices+ports, maxSlots)
+	case ports > 0 && !m.HotplugOff && d.portsNoHotplug:
+		return fmt.Errorf("acpi: %v with hotplug and GPUs or NVSwitches: tables not known", m.QEMU)
+	case m.GPUs > 0 && m.Hugepages:
+		return errors.New("acpi: hugepages with GPUs: the tables follow the buses and windows the firmware gives the GPUs")
+	}
+	return nil
+}
+
+// lowMemory is the RAM below 4 GiB: all of it, unless there is so much that it is split.
+func (m *Machine) lowMemory() uint32 {
+	if m.Memory >= lowestSplit {
+		return splitLowSize
+	}
+	return uint32(m.Memory)
+}
+
+func (m *Machine) hole64() uint64 {
+	if m.PCIHole64 == 0 {
+		return 32 << 30
+	}
+	return m.PCIHole64
+}
+
+// slots counts the devices and after them the root ports in the slots of the root bus.
+func (m *Machine) slots() (devices, ports int) {
+	devices = 3 + m.Volumes + m.NICs // dstack's data disk, vsock, the host share
+	if !m.CDROM {
+		devices++
+	}
+	return devices, m.GPUs + m.NVSwitches
 }

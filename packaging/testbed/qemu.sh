@@ -30,9 +30,10 @@ fetch() {
   for d in "$Q"/apt/archives/*.deb; do
     dpkg-deb --fsys-tarfile "$d" | tar -x -C "$Q/$1.new" --no-same-owner --keep-directory-symlink
   done
-  # ld.so is absolute in the programs of another release: name this one's.
+  # Paths of ld.so and of QEMU's modules are absolute in the programs: name these.
   cat > "$Q/$1.new/qemu" <<E2
 #!/bin/sh
+QEMU_MODULE_DIR="$Q/$1/usr/lib/x86_64-linux-gnu/qemu"; export QEMU_MODULE_DIR
 exec "$Q/$1/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" --library-path "$Q/$1/usr/lib/x86_64-linux-gnu" \\
   "$Q/$1/usr/bin/qemu-system-x86_64" -L "$Q/$1/usr/share/qemu" -L "$Q/$1/usr/share/seabios" "\$@"
 E2
