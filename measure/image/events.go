@@ -157,7 +157,7 @@ func hobEvent(d measure.Digest, hob uint64) Event {
 func cfvEvent(d measure.Digest, at MemoryRange) Event {
 	// UEFI_PLATFORM_FIRMWARE_BLOB2; the description is fixed in OVMF.
 	const text = "Fv(XXXXXXXX-XXXX-XXXX-XXXX-XXXXXXXXXXXX)\x00"
-	b := append([]byte{byte(len(text) - 1)}, text...)
+	b := append([]byte{byte(len(text))}, text...)
 	b = binary.LittleEndian.AppendUint64(b, at.Start)
 	b = binary.LittleEndian.AppendUint64(b, at.Size)
 	return Event{Type: typeFirmwareBlob2, Name: "CFV", Digest: d, Payload: b, DependsOn: []string{"firmware"}}

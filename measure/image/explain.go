@@ -170,7 +170,7 @@ func (e *explainer) rtmr0() []expectation {
 		if e.in.Image != nil {
 			data = e.in.Image.variables[i]
 		}
-		list = append(list, is(variableEvent(v, data), "the Secure Boot variables of another firmware file"))
+		list = append(list, variableExpectation(v, data))
 	}
 	list = append(list, is(separator(0), "the firmware has met an error"))
 	for _, name := range []string{nameLoader, nameRSDP, nameTables} {
@@ -184,6 +184,22 @@ func (e *explainer) rtmr0() []expectation {
 		list = append(list, is(ev, fmt.Sprintf("the firmware profile; this is not %s, or QEMU was given boot options", e.out.Firmware)))
 	}
 	return list
+}
+
+// variableExpectation tells a firmware that was built with Secure Boot from others.
+func variableExpectation(v variableName, data []byte) expectation {
+	x := is(variableEvent(v, data), "the Secure Boot keys of another firmware file")
+	plain := x.judge
+	x.judge = func(got measure.Digest) judgement {
+		j := plain(got)
+		for value, state := range []string{"off", "on"} {
+			if j.verdict == Mismatch && v.name == "SecureBoot" && got == variableEvent(v, []byte{byte(value)}).Digest {
+				j.hint = "the firmware file: one built with Secure Boot, which is " + state
+			}
+		}
+		return j
+	}
+	return x
 }
 
 func (e *explainer) cfv() expectation {

@@ -33,14 +33,14 @@ func (e *explainer) judgeTables() {
 	if t := e.out.Tables; t != nil && !configured {
 		base.VCPUs = t.VCPUs
 	}
-	fits, changes := searchMachine(base, e.out.Memory, e.out.Tables, got)
+	found, changes := searchMachine(base, e.out.Memory, e.out.Tables, got)
 	switch {
-	case configured && err == nil && fits:
-		e.setTables(got, want, Mismatch, "the configuration: fits with "+strings.Join(changes, ", "))
+	case configured && err == nil && found != nil:
+		e.setTables(got, want, Mismatch, "the configuration: fits with "+strings.Join(changes, ", or with "))
 	case configured && err == nil:
 		e.setTables(got, want, Mismatch, "vCPUs, memory, QEMU version or devices: "+e.lengthHint(base, root))
-	case fits: // searchMachine has built tables with these digests
-		e.setTables(got, [3]measure.Digest{}, Match, fmt.Sprintf("fits %s; %s", strings.Join(changes, ", "), e.unconfigured(err)))
+	case found != nil: // tables with these digests were built
+		e.setTables(got, [3]measure.Digest{}, Match, fmt.Sprintf("fits %s; %s", found.describe(), e.unconfigured(err)))
 	default:
 		e.setTables(got, [3]measure.Digest{}, Opaque, e.unconfigured(err)+"; "+e.lengthHint(base, root))
 	}
@@ -132,7 +132,7 @@ func (e *explainer) lengthHint(m Machine, root RootDisk) string {
 		return hint
 	}
 	dsdt := int(binary.LittleEndian.Uint32(built.Tables[lengthFACS+4:]))
-	hint += fmt.Sprintf("; the configuration's %d vCPUs give a DSDT of %d bytes", m.VCPUs, dsdt)
+	hint += fmt.Sprintf("; the configuration, vCPUs = %d, gives a DSDT of %d bytes", m.VCPUs, dsdt)
 	if d := t.DSDT - dsdt; t.VCPUs == m.VCPUs && d != 0 && d%slotLength == 0 {
 		hint += fmt.Sprintf(", so the guest has %+d slots on its PCI bus", d/slotLength)
 	}
@@ -148,10 +148,11 @@ type change struct {
 	apply func(*Machine)
 }
 
-// searchMachine looks for a machine at most three changes away from base whose tables
-// have these digests, and says which changes. Memory and vCPUs are taken from the log
-// where they were found out.
-func searchMachine(base Machine, memory uint64, t *TableLengths, got [3]measure.Digest) (bool, []string) {
+// searchMachine looks for a machine near base whose tables have these digests, and says
+// in which ways base could be changed to be one: in at most two things besides memory and
+// vCPUs, which are taken from the log where they were found out, and the root disk where
+// it is not known.
+func searchMachine(base Machine, memory uint64, t *TableLengths, got [3]measure.Digest) (found *Machine, ways []string) {
 	start := base
 	var fixed []string
 	if memory != 0 && memory != base.MemoryBytes {
@@ -160,7 +161,7 @@ func searchMachine(base Machine, memory uint64, t *TableLengths, got [3]measure.
 	}
 	if t != nil && t.VCPUs != base.VCPUs {
 		start.VCPUs = t.VCPUs
-		fixed = append(fixed, fmt.Sprintf("%d vCPUs", t.VCPUs))
+		fixed = append(fixed, fmt.Sprintf("vCPUs = %d", t.VCPUs))
 	}
 	var list []change
 	for _, c := range changes() {
@@ -168,7 +169,7 @@ func searchMachine(base Machine, memory uint64, t *TableLengths, got [3]measure.
 			list = append(list, c)
 		}
 	}
-	try := func(cs ...change) (bool, []string) {
+	try := func(cs ...change) {
 		m, texts := start, fixed
 		for _, c := range cs {
 			c.apply(&m)
@@ -176,30 +177,51 @@ func searchMachine(base Machine, memory uint64, t *TableLengths, got [3]measure.
 		}
 		for _, r := range roots(m) {
 			if d, err := tableDigests(m, r); err == nil && d == got {
-				if m.Root == 0 {
-					texts = append(texts, fmt.Sprintf("root disk = %v", r))
+				ways = append(ways, strings.Join(texts, ", "))
+				if found == nil {
+					m.Root = r
+					found = &m
 				}
-				return true, texts
-			}
-		}
-		return false, nil
-	}
-	if ok, texts := try(); ok {
-		return true, texts
-	}
-	for _, a := range list {
-		if ok, texts := try(a); ok {
-			return true, texts
-		}
-	}
-	for i, a := range list {
-		for _, b := range list[i+1:] {
-			if ok, texts := try(a, b); ok {
-				return true, texts
+				return
 			}
 		}
 	}
-	return false, nil
+	try()
+	for i := 0; found == nil && i < len(list); i++ {
+		try(list[i])
+		for j := i + 1; found != nil && j < len(list); j++ { // the other ways of one change
+			try(list[j])
+		}
+	}
+	for i := 0; found == nil && i < len(list); i++ {
+		for j := i + 1; found == nil && j < len(list); j++ {
+			try(list[i], list[j])
+		}
+	}
+	return found, ways
+}
+
+// describe says what a machine has, as far as its tables depend on it.
+func (m *Machine) describe() string {
+	s := fmt.Sprintf("vCPUs = %d, memory = %d MiB, QEMU %s, NICs = %d, root disk = %v", m.VCPUs, m.MemoryBytes>>20, m.QEMU, m.NICs, m.Root)
+	for _, d := range []struct {
+		name string
+		n    int
+	}{{"volumes", m.Volumes}, {"GPUs", m.GPUs}, {"NVSwitches", m.NVSwitches}} {
+		if d.n > 0 {
+			s += fmt.Sprintf(", %s = %d", d.name, d.n)
+		}
+	}
+	if m.PIC != nil {
+		s += fmt.Sprintf(", pic = %v", *m.PIC)
+	}
+	if m.HotplugOff {
+		s += ", hotplug off"
+	}
+	if m.Hugepages {
+		s += ", hugepages"
+	}
+	return s
 }
 
 // applied reports whether the change makes another machine of m.
@@ -223,17 +245,17 @@ func changes() []change {
 		{"root disk = cdrom", func(m *Machine) { m.Root = RootCDROM }},
 		{"pci_hole64_size = default", func(m *Machine) { m.PCIHole64 = 0 }},
 	}
-	for _, v := range []string{"8.2.2", "9.1.0", "9.2.0", "10.0.0"} {
+	for _, v := range []string{"8.2.2", "9.1.0", "9.2.1", "10.0.0", "11.0.0", "11.1.0"} {
 		list = append(list, change{"QEMU " + v, func(m *Machine) { m.QEMU = v }})
 	}
 	for n := range 9 {
-		list = append(list, change{fmt.Sprintf("%d GPUs", n), func(m *Machine) { m.GPUs = n }})
+		list = append(list, change{fmt.Sprintf("GPUs = %d", n), func(m *Machine) { m.GPUs = n }})
 	}
 	for n := range 5 {
 		list = append(list,
-			change{fmt.Sprintf("%d NICs", n), func(m *Machine) { m.NICs = n }},
-			change{fmt.Sprintf("%d volumes", n), func(m *Machine) { m.Volumes = n }},
-			change{fmt.Sprintf("%d NVSwitches", n), func(m *Machine) { m.NVSwitches = n }})
+			change{fmt.Sprintf("NICs = %d", n), func(m *Machine) { m.NICs = n }},
+			change{fmt.Sprintf("volumes = %d", n), func(m *Machine) { m.Volumes = n }},
+			change{fmt.Sprintf("NVSwitches = %d", n), func(m *Machine) { m.NVSwitches = n }})
 	}
 	return list
 }

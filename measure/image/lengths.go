@@ -17,7 +17,7 @@ type TableLengths struct {
 }
 
 func (t *TableLengths) String() string {
-	s := fmt.Sprintf("DSDT of %d and APIC of %d bytes imply %d vCPUs and %d interrupt overrides", t.DSDT, t.APIC, t.VCPUs, t.Overrides)
+	s := fmt.Sprintf("DSDT of %d and APIC of %d bytes imply vCPUs = %d and %d interrupt overrides", t.DSDT, t.APIC, t.VCPUs, t.Overrides)
 	if t.SRAT > 0 {
 		s += fmt.Sprintf("; SRAT of %d bytes implies hugepages", t.SRAT)
 	}

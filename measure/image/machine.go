@@ -75,7 +75,8 @@ type Machine struct {
 	// policy's word: never take it from the log that is compared.
 	SMBIOS *measure.Digest
 
-	// AssumeProfile uses the nearest modelled QEMU where the version is newer than all.
+	// AssumeProfile uses the tables of the nearest QEMU where those of the version are not
+	// known; the Result says that they are unproven.
 	AssumeProfile bool
 }
 

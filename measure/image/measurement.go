@@ -202,6 +202,16 @@ func (m *Measurement) firmware(machine Machine) FirmwareProfile {
 	return Pre202505
 }
 
+// RTMR0 returns the events of RTMR0 alone, which depend on firmware and machine but not
+// on kernel, command line and initrd.
+func (m *Measurement) RTMR0(machine Machine) ([]Event, error) {
+	if err := machine.Check(); err != nil {
+		return nil, err
+	}
+	events, _, err := m.rtmr0Events(machine)
+	return events, err
+}
+
 // rtmr0Events returns the platform's events in the order of the firmware profile, and
 // what the ACPI tables in it were proven against.
 func (m *Measurement) rtmr0Events(machine Machine) ([]Event, string, error) {

@@ -2,6 +2,7 @@ package image
 
 import (
 	"crypto/sha512"
+	"fmt"
 
 	"tdx-agent/measure/acpi"
 )
@@ -28,7 +29,13 @@ func tablesOf(machine Machine, root RootDisk) (*machineTables, error) {
 	file := func(name string, content []byte) Event {
 		return Event{Type: typePlatformConfig, Name: name, Digest: sha512.Sum384(content), Payload: []byte("ACPI DATA"), DependsOn: []string{"vcpus", "memory", "qemu", "devices"}}
 	}
-	return &machineTables{[]Event{file(nameLoader, t.Loader), file(nameRSDP, t.RSDP), file(nameTables, t.Tables)}, profile.Proven()}, nil
+	proven := profile.Proven()
+	if v, err := machine.version(); err == nil {
+		if _, err := acpi.ParseProfile(v.String()); err != nil {
+			proven = fmt.Sprintf("unproven: taken for %v", profile)
+		}
+	}
+	return &machineTables{[]Event{file(nameLoader, t.Loader), file(nameRSDP, t.RSDP), file(nameTables, t.Tables)}, proven}, nil
 }
 
 // Tables returns the ACPI tables of the machine as QEMU serves them, with the root disk
@@ -52,7 +59,7 @@ func buildTables(machine Machine, root RootDisk) (*acpi.Tables, acpi.Profile, er
 	}
 	profile, err := acpi.ParseProfile(v.String())
 	if err != nil && machine.AssumeProfile {
-		profile, err = acpi.QEMU10, nil
+		profile, err = assumedProfile(v), nil
 	}
 	if err != nil {
 		return nil, 0, unmodelled("qemu_version", "%v", err)
@@ -66,4 +73,19 @@ func buildTables(machine Machine, root RootDisk) (*acpi.Tables, acpi.Profile, er
 		return nil, 0, unmodelled("devices", "%v", err)
 	}
 	return t, profile, nil
+}
+
+// assumedProfile is the nearest profile of a version that has none of its own.
+func assumedProfile(v qemuVersion) acpi.Profile {
+	switch {
+	case v.before(9, 0):
+		return acpi.QEMU8
+	case v.before(9, 2):
+		return acpi.QEMU9_1
+	case v.before(10, 0):
+		return acpi.QEMU9_2
+	case v.before(11, 0):
+		return acpi.QEMU10
+	}
+	return acpi.QEMU11_1
 }
