@@ -219,3 +219,43 @@ func TestExplainNoEcho(t *testing.T) {
 		}
 	}
 }
+
+// FuzzExplain explains logs of any shape: what the bytes give are types and whether a
+// digest is one that is expected somewhere.
+func FuzzExplain(f *testing.F) {
+	f.Add([]byte{0, 1, 2, 3, 4, 5, 6, 7})
+	p, err := image.ParseMaterial(document(f))
+	if err != nil {
+		f.Fatal(err)
+	}
+	m := image.Machine{VCPUs: 1, MemoryBytes: 4 << 30, QEMU: "8.2.2", NICs: 1}
+	r, err := p.Measure(m)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var log []measure.Event
+		right := len(b) == len(r.Log)
+		for i, c := range b[:min(len(b), 64)] {
+			e := r.Log[int(c)%len(r.Log)]
+			log = append(log, measure.Event{IMR: e.IMR, Type: e.Type, Digest: e.Digest})
+			right = right && int(c)%len(r.Log) == i
+		}
+		x, err := image.Explain(image.Observation{Events: log, Machine: &m, Image: p})
+		if err != nil {
+			t.Fatal(err)
+		}
+		judged := 0
+		for _, f := range x.Findings {
+			if f.Index >= 0 {
+				judged++
+			}
+		}
+		if judged != len(log) {
+			t.Errorf("%d of %d events are judged", judged, len(log))
+		}
+		if right && !x.OK() {
+			t.Errorf("the predicted log diverges at %+v", x.First())
+		}
+	})
+}

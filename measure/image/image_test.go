@@ -3,6 +3,8 @@ package image_test
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/sha512"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -11,6 +13,7 @@ import (
 	"syscall"
 	"testing"
 
+	"tdx-agent/measure"
 	"tdx-agent/measure/image"
 )
 
@@ -109,4 +112,50 @@ func TestVerify(t *testing.T) {
 	if err := img.Verify(t.Context()); err == nil || !strings.Contains(err.Error(), "initrd hashes to") {
 		t.Errorf("other initrd: got %v", err)
 	}
+}
+
+// TestRealCommandLine measures the command line of dstack's images of January 2025 with
+// the root hash that a real guest of theirs has in its RTMR3.
+func TestRealCommandLine(t *testing.T) {
+	g := realGuest(t, "attestations/dx-report.json")
+	for _, e := range g.events {
+		if e.Name != measure.EventRootFSHash {
+			continue
+		}
+		line := "console=ttyS0 init=/init panic=1 systemd.unified_cgroup_hierarchy=0 pnpacpi=off dstack.fde=1 dstack.rootfs_hash=" + hex.EncodeToString(e.Payload)
+		m, err := static(t, imageOf(t, newKernel(), map[string]any{"cmdline": line}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := digest(t, "d54d67fde61596a4334222c69d76a20273500c9df4d791a554eac56f899de9c35c59107ded404b86e49c11ac84bd17a8"); m.CommandLine != want {
+			t.Errorf("command line is measured as %v, want %v", m.CommandLine, want)
+		}
+		return
+	}
+	t.Error("the log has no root hash")
+}
+
+// TestCommandLineUTF16 writes what is not ASCII in UTF-16, pairs included.
+func TestCommandLineUTF16(t *testing.T) {
+	m, err := static(t, imageOf(t, newKernel(), map[string]any{"cmdline": "é\U0001f600"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	measured := []byte{0xe9, 0, 0x3d, 0xd8, 0x00, 0xde}
+	for _, c := range []byte(" initrd=initrd\x00") {
+		measured = append(measured, c, 0)
+	}
+	if want := measure.Digest(sha512.Sum384(measured)); m.CommandLine != want {
+		t.Errorf("got %v, want %v", m.CommandLine, want)
+	}
+}
+
+func FuzzMetadata(f *testing.F) {
+	f.Add([]byte(`{"bios":"ovmf.fd","kernel":"bzImage","initrd":"initrd","cmdline":"quiet","rootfs":"rootfs.iso"}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := image.ParseMetadata(b)
+		if err == nil && !(filepath.IsLocal(m.BIOS) && filepath.IsLocal(m.Kernel) && filepath.IsLocal(m.Initrd)) {
+			t.Errorf("%+v names a file outside its folder", m)
+		}
+	})
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -219,4 +220,32 @@ func TestKernelRefused(t *testing.T) {
 			t.Errorf("%s: raw: %v", name, err)
 		}
 	}
+}
+
+// FuzzKernel measures hostile kernels, in an image whose firmware is small.
+func FuzzKernel(f *testing.F) {
+	f.Add([]byte{}, uint16(0x3000))
+	f.Add([]byte{1, 0xf1, 0, 2, 0x36, 0}, uint16(0x3000))
+	path := imageOf(f, newKernel(), nil)
+	f.Fuzz(func(t *testing.T, changes []byte, size uint16) {
+		kernel := patched(newKernel(), []int{0, 0x100, 0x200}, changes)
+		kernel = kernel[:min(int(size), len(kernel))]
+		name := filepath.Join(filepath.Dir(path), fmt.Sprintf("kernel-%d", os.Getpid()))
+		metadata := filepath.Join(filepath.Dir(path), fmt.Sprintf("metadata-%d.json", os.Getpid()))
+		doc := fmt.Sprintf(`{"bios":"ovmf.fd","kernel":%q,"initrd":"initrd","cmdline":""}`, filepath.Base(name))
+		if err := errors.Join(os.WriteFile(name, kernel, 0o600), os.WriteFile(metadata, []byte(doc), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		m, err := static(t, metadata)
+		if err != nil {
+			return
+		}
+		for mode := image.KernelPatched; mode <= image.KernelNormalized; mode++ {
+			for _, memory := range []uint64{1 << 20, 1 << 30, 4 << 30} {
+				if d, err := m.KernelDigest(mode, memory); err == nil && d.IsZero() {
+					t.Errorf("%v kernel for %d bytes has no digest and no error", mode, memory)
+				}
+			}
+		}
+	})
 }

@@ -167,3 +167,13 @@ func FuzzMaterial(f *testing.F) {
 		}
 	})
 }
+
+func FuzzManifest(f *testing.F) {
+	f.Add([]byte(strings.Repeat("0", 64) + "  ovmf.fd\n" + strings.Repeat("1", 64) + " *bzImage\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		files, err := image.ParseManifest(b)
+		if err == nil && len(files) != strings.Count(strings.TrimSuffix(string(b), "\n"), "\n")+1 {
+			t.Errorf("%q lists %d files", b, len(files))
+		}
+	})
+}
