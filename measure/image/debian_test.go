@@ -91,7 +91,7 @@ func debianImage(t testing.TB) string {
 	if err := os.WriteFile(filepath.Join(dir, "initrd"), []byte(strings.Repeat("A", 5<<20)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b, err := json.Marshal(map[string]string{"bios": "ovmf.fd", "kernel": "bzImage", "initrd": "initrd", "cmdline": "console=ttyS0", "rootfs": "rootfs.iso"})
+	b, err := json.Marshal(map[string]string{"bios": "ovmf.fd", "kernel": "bzImage", "initrd": "initrd", "cmdline": "console=ttyS0"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -130,6 +130,12 @@ func TestDebianImage(t *testing.T) {
 			t.Fatal(err)
 		}
 		want := [3]measure.Digest{digest(t, v.r0), digest(t, v.r1), digest(t, "c82f286e9fb7af6c816c69c5b2961684d7416ec1adf1ad588404e6118a47f7e23c842598f0fe9216441da9cd946f1a65")}
+		if r.MRTD != digest(t, "456f07902150d008bb913c3e1e84e9297f735a6c83cd2a957a1f0a8bbedb06df188e3837ae48d32c73d473d097dc0db2") {
+			t.Errorf("MRTD is %v", r.MRTD)
+		}
+		if got := fmt.Sprintf("%x", r.MRImage()); v.gib == 4 && got != "4a169944954f82168adc470aba2d2b42c4ff373b0d7766faee7987854e01c06d" {
+			t.Errorf("mr_image is %s", got)
+		}
 		if r.RTMR != want {
 			t.Errorf("%d vCPU, %d GiB: got %v, want %v", v.cpus, v.gib, r.RTMR, want)
 		}

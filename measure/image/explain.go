@@ -250,7 +250,7 @@ func (e *explainer) kernel() expectation {
 	if err != nil || m.MemoryBytes == 0 {
 		return unknown(typeBootServices, name, Opaque, "neither the configuration nor the TD HOB says how much memory there is")
 	}
-	mode := m.kernelMode(v, img.normalized)
+	mode := m.kernelMode(v, img.normalized, e.out.Firmware)
 	return expectation{typeBootServices, name, func(got measure.Digest) judgement {
 		want, err := img.KernelDigest(mode, m.MemoryBytes)
 		if err == nil && got == want {

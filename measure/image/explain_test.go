@@ -99,7 +99,6 @@ func TestExplainWrongInput(t *testing.T) {
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			m := machineOf(t, g)
-			m.Root = image.RootVirtio // else two NICs and a CD-ROM fit too
 			i, err := image.ParseMaterial(c.Material)
 			if err != nil {
 				t.Fatal(err)

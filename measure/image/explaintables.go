@@ -59,8 +59,8 @@ func (e *explainer) base() (Machine, bool) {
 		return Machine{VCPUs: 1, MemoryBytes: max(e.out.Memory, 1<<30), QEMU: "8.2.2", NICs: 1}, false
 	}
 	m := *e.in.Machine
-	if m.Root == 0 && e.in.Image != nil {
-		m.Root = e.in.Image.Root
+	if e.in.Image != nil {
+		m.Root = e.in.Image.rootDisk(m)
 	}
 	return m, true
 }

@@ -194,3 +194,33 @@ func TestStable202505(t *testing.T) {
 		}
 	}
 }
+
+// TestRealKernels calculates RTMR1 and RTMR2 of guests whose images are not here from the
+// three digests of each.
+func TestRealKernels(t *testing.T) {
+	for _, v := range []struct {
+		name                                  string
+		kernel, cmdline, initrd, rtmr1, rtmr2 string
+	}{
+		{"dstack 0.4", "0db5964580e727672734da95797318d8455ab74b3e3d66fbb1aaa4ddd01a3f8555f4889e57c19a15c165594e31678dc0",
+			"ad49ca7e80258d7580c5c580cd21ada7ecbf418dde5197d6f8c835493ceb6edec0f8954b733bd9b889f96f33e5f9cb05",
+			"e0cdb72fbba75a0f4d396c0b80a4336db049b383a9730467160dec0b7059cb22aca87639dcc655d935d6c6356b3108ad",
+			"6ba8f87f35d0641e8abca07e75e3882abdc9f19d7cc8f6e3fe04435bd5f694d4e3cf008b60d7c7233896e8d1f23c34a7",
+			"03b1c4afcac07d00d8e853163aff3ba3f9af68ddfbdbeafab70210a8dc601b409c28873d74fb6dbe7dc33a8da7c09621"},
+		{"dstack 0.5.8", "69e0bbb3861d993ddd4b79b40bb31cdc58ed540c754574e3c8af2432c5ac88e751a3b37bcf55a2352bad236b6ff4dc5c",
+			"b9c214a020aaa317e6b62a6a7d2adfa14fd5b871849c714f747f8728cefda6d3c566e332044051aeac30bfa1fc9916a0",
+			"dbfb59810302b3564182a02ae2fc5dcda5f8207380a7b18a9e6dd6fb648c33b1612eb10fb95ec620fb70b9c240ffda1c",
+			"b598fde9491427341bc4683b75d10d3e36770af3a36a6954d8b6b7b22aa66358f13e1f172e51b7d6e6710d99a8d8532f",
+			"9284cde236231d5ddace01104a440fd504df5182a2ad1ac3d2138b80c6a7864bd2c30f69041d8264217f3d24541580cf"},
+	} {
+		m := platform(t, image.DstackLayout05())
+		m.Kernel, m.CommandLine, m.Initrd = digest(t, v.kernel), digest(t, v.cmdline), digest(t, v.initrd)
+		r, err := m.Measure(image.Machine{VCPUs: 1, MemoryBytes: 64 << 30, NICs: 1, QEMU: "8.2.2"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.RTMR[1] != digest(t, v.rtmr1) || r.RTMR[2] != digest(t, v.rtmr2) || image.RTMR1(m.Kernel) != r.RTMR[1] {
+			t.Errorf("%s: RTMR1 is %v, RTMR2 %v", v.name, r.RTMR[1], r.RTMR[2])
+		}
+	}
+}

@@ -61,12 +61,21 @@ func ParseMetadata(b []byte) (*Metadata, error) {
 	return &m, nil
 }
 
-// Root says how the image's root file system is attached: an ISO image as a CD-ROM.
+// Root says how dstack attaches the image's root file system: an ISO image as a CD-ROM, a
+// verity image as a disk. Where the name does not say, versions before 0.5 had the first.
+// It is zero where the version does not say either.
 func (m *Metadata) Root() RootDisk {
-	switch {
-	case m.RootFS == "":
+	switch filepath.Ext(m.RootFS) {
+	case ".iso":
+		return RootCDROM
+	case ".verity":
+		return RootVirtio
+	}
+	var major, minor int
+	if _, err := fmt.Sscanf(strings.TrimPrefix(m.Version, "v"), "%d.%d", &major, &minor); err != nil {
 		return 0
-	case strings.HasSuffix(m.RootFS, ".iso"):
+	}
+	if major == 0 && minor < 5 {
 		return RootCDROM
 	}
 	return RootVirtio

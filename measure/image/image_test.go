@@ -159,3 +159,28 @@ func FuzzMetadata(f *testing.F) {
 		}
 	})
 }
+
+// TestRootDisk decides by file name, then version, then the firmware's layout.
+func TestRootDisk(t *testing.T) {
+	for _, v := range []struct {
+		rootfs, version string
+		want            image.RootDisk
+	}{
+		{"rootfs.iso", "0.5.0", image.RootCDROM}, {"rootfs.img.verity", "0.4.0", image.RootVirtio}, {"", "0.4.2", image.RootCDROM},
+		{"", "v0.5.4", image.RootVirtio}, {"rootfs.cpio", "1.0.0", image.RootVirtio}, {"", "", 0}, {"", "dev", 0},
+	} {
+		m := image.Metadata{RootFS: v.rootfs, Version: v.version}
+		if got := m.Root(); got != v.want {
+			t.Errorf("%+v: got %v, want %v", m, got, v.want)
+		}
+	}
+	for want, l := range map[image.RootDisk]image.Layout{image.RootCDROM: image.DstackLayout03(), image.RootVirtio: image.DstackLayout05()} {
+		r, err := platform(t, l).Measure(image.Machine{VCPUs: 1, MemoryBytes: 2 << 30, NICs: 1, QEMU: "8.2.2"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Root != want {
+			t.Errorf("root disk is %v, want %v", r.Root, want)
+		}
+	}
+}

@@ -33,8 +33,8 @@ const (
 // RootDisk says how the root file system is attached.
 type RootDisk int
 
-// The root disks. The zero value is none: the image decides, and if it does not say,
-// the disk is RootVirtio.
+// The root disks. The zero value is none: the image decides, by the name of its root file
+// system, its version, or the memory layout of its firmware.
 const (
 	RootVirtio RootDisk = 1 + iota // a virtio disk, which takes a slot (dstack 0.5 and later)
 	RootCDROM                      // -cdrom on the chipset's own controller (dstack 0.3 and 0.4)
@@ -157,13 +157,15 @@ func (m *Machine) pic(v qemuVersion) bool {
 	return v.before(9, 0)
 }
 
-func (m *Machine) kernelMode(v qemuVersion, normalized bool) KernelMode {
+// kernelMode follows image, QEMU and firmware: QEMU 10.0 began to offer the file as it is
+// beside the patched one, edk2-stable202505 prefers that, and QEMU 10.2 patches no more.
+func (m *Machine) kernelMode(v qemuVersion, normalized bool, firmware FirmwareProfile) KernelMode {
 	switch {
 	case m.Kernel != 0:
 		return m.Kernel
 	case normalized:
 		return KernelNormalized
-	case v.before(10, 2):
+	case v.before(10, 0) || v.before(10, 2) && firmware == Pre202505:
 		return KernelPatched
 	}
 	return KernelRaw

@@ -3,6 +3,7 @@ package image
 import (
 	"crypto/sha256"
 	"fmt"
+	"slices"
 	"sync"
 
 	"tdx-agent/measure"
@@ -162,8 +163,9 @@ func (m *Measurement) Measure(machine Machine) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Result{QEMU: v.String(), PageOrder: machine.pageOrder(v), PIC: machine.pic(v), Kernel: machine.kernelMode(v, m.normalized), OSImageHash: m.OSImageHash}
+	r := &Result{QEMU: v.String(), PageOrder: machine.pageOrder(v), PIC: machine.pic(v), OSImageHash: m.OSImageHash}
 	r.Root, r.Firmware = m.rootDisk(machine), m.firmware(machine)
+	r.Kernel = machine.kernelMode(v, m.normalized, r.Firmware)
 	r.MRTD, r.OtherMRTD = m.mrtd(r.PageOrder), m.mrtd(TwoPass+SinglePass-r.PageOrder)
 	kernel, err := m.KernelDigest(r.Kernel, machine.MemoryBytes)
 	if err != nil {
@@ -182,12 +184,16 @@ func (m *Measurement) Measure(machine Machine) (*Result, error) {
 	return r, nil
 }
 
+// rootDisk is the machine's, the image's, or where neither says so that of the dstack
+// images with the firmware's memory layout.
 func (m *Measurement) rootDisk(machine Machine) RootDisk {
 	switch {
 	case machine.Root != 0:
 		return machine.Root
 	case m.Root != 0:
 		return m.Root
+	case slices.Equal(m.Layout.Ranges, DstackLayout03().Ranges):
+		return RootCDROM
 	}
 	return RootVirtio
 }
@@ -201,6 +207,10 @@ func (m *Measurement) firmware(machine Machine) FirmwareProfile {
 	}
 	return Pre202505
 }
+
+// RTMR1 returns RTMR1 for a kernel event with this digest, as [Measurement.KernelDigest]
+// returns.
+func RTMR1(kernel measure.Digest) measure.Digest { return replay(rtmr1Events(kernel), 1) }
 
 // RTMR0 returns the events of RTMR0 alone, which depend on firmware and machine but not
 // on kernel, command line and initrd.
