@@ -122,7 +122,7 @@ be written with one dash, as older tools have them.`,
 			if note != "" {
 				fmt.Fprintln(cmd.ErrOrStderr(), "tdx-agent: "+note)
 			}
-			return printMeasured(cmd.OutOrStdout(), r, events, wantJSON(cmd))
+			return printMeasured(cmd.OutOrStdout(), r, candidatesOf(img, m.MemoryBytes), events, wantJSON(cmd))
 		},
 	}
 	machine.register(cmd)
@@ -152,7 +152,29 @@ type measuredReply struct {
 	MRImage     string          `json:"mr_image"`
 	OSImageHash string          `json:"os_image_hash,omitempty"`
 	Profile     measuredProfile `json:"profile"`
-	Events      []measuredEvent `json:"events,omitempty"`
+
+	// Candidates are the values under other choices of page order and kernel mode: a
+	// help to see which one a host has made, not values to accept.
+	Candidates []measuredCandidate `json:"candidates"`
+
+	Events []measuredEvent `json:"events,omitempty"`
+}
+
+type measuredCandidate struct {
+	Register string `json:"register"`
+	Choice   string `json:"choice"`
+	Value    string `json:"value"`
+}
+
+// candidatesOf leaves out what an image without its files does not tell.
+func candidatesOf(img *image.Measurement, memory uint64) []measuredCandidate {
+	list := []measuredCandidate{{"mrtd", image.TwoPass.String(), img.MRTDTwoPass.String()}, {"mrtd", image.SinglePass.String(), img.MRTDSinglePass.String()}}
+	for _, mode := range []image.KernelMode{image.KernelPatched, image.KernelRaw} {
+		if d, err := img.KernelDigest(mode, memory); err == nil {
+			list = append(list, measuredCandidate{"rtmr1", mode.String(), image.RTMR1(d).String()})
+		}
+	}
+	return list
 }
 
 type measuredProfile struct {
@@ -176,11 +198,11 @@ type measuredEvent struct {
 	Opaque    bool     `json:"opaque,omitempty"`
 }
 
-func printMeasured(out io.Writer, r *image.Result, events, asJSON bool) error {
+func printMeasured(out io.Writer, r *image.Result, candidates []measuredCandidate, events, asJSON bool) error {
 	system := fmt.Sprintf("%x", r.MRSystem(nil))
 	reply := measuredReply{
 		Schema: "tdx-agent/image-measure/v1", MRTD: r.MRTD.String(), RTMR0: r.RTMR[0].String(), RTMR1: r.RTMR[1].String(), RTMR2: r.RTMR[2].String(),
-		MREnclave: system, MRSystem: system, MRImage: fmt.Sprintf("%x", r.MRImage()), OSImageHash: hex.EncodeToString(r.OSImageHash),
+		MREnclave: system, MRSystem: system, MRImage: fmt.Sprintf("%x", r.MRImage()), OSImageHash: hex.EncodeToString(r.OSImageHash), Candidates: candidates,
 		Profile: measuredProfile{r.QEMU, r.Proven, r.PageOrder.String(), r.PIC, r.Kernel.String(), string(r.Firmware), r.Root.String()},
 	}
 	if events {
@@ -201,6 +223,11 @@ func printMeasured(out io.Writer, r *image.Result, events, asJSON bool) error {
 	}
 	p := reply.Profile
 	fmt.Fprintf(out, "%-14s QEMU %s (%s), %s, pic %v, kernel %s, firmware %s, root %s\n", "profile", p.QEMU, p.Proven, p.PageOrder, p.PIC, p.Kernel, p.Firmware, p.Root)
+	for _, c := range reply.Candidates {
+		if c.Value != reply.MRTD && c.Value != reply.RTMR1 {
+			fmt.Fprintf(out, "if %-11s %s would be %s\n", c.Choice, c.Register, c.Value)
+		}
+	}
 	for _, e := range reply.Events {
 		fmt.Fprintf(out, "RTMR%d %2d  %s  %-20s %s\n", e.IMR, e.Index, e.Digest, e.Name, strings.Join(e.DependsOn, ", "))
 	}
