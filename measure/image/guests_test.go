@@ -188,10 +188,28 @@ func TestStable202505(t *testing.T) {
 	if len(events) != len(want) {
 		t.Fatalf("%d events, want %d", len(events), len(want))
 	}
+	log := make([]measure.Event, len(events))
 	for i, e := range events {
+		log[i] = measure.Event{IMR: e.IMR, Type: e.Type, Digest: e.Digest}
 		if e.Name != want[i] || e.Opaque != (e.Name == "SMBIOS") {
 			t.Errorf("event %d is %s (opaque %v), want %s", i, e.Name, e.Opaque, want[i])
 		}
+	}
+	// A log of that shape is recognised; its opaque event is not judged without a policy.
+	m := image.Machine{VCPUs: 2, MemoryBytes: 2 << 30, NICs: 1, QEMU: "8.2.2"}
+	x, err := image.Explain(image.Observation{Events: log, Machine: &m})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, f := range x.Findings[:len(want)] {
+		if verdict := map[bool]image.Verdict{true: image.Opaque, false: image.Match}[f.Name == "SMBIOS"]; f.Verdict != verdict || f.Name != want[i] {
+			t.Errorf("event %d is explained as %s, %s: %s", i, f.Name, f.Verdict, f.Hint)
+		}
+	}
+	other := digest(t, hex.EncodeToString(make([]byte, 48)))
+	m.SMBIOS = &other
+	if x, err = image.Explain(image.Observation{Events: log, Machine: &m}); err != nil || x.First() == nil || x.First().Name != "SMBIOS" {
+		t.Errorf("against a policy with another SMBIOS table: %+v (%v)", x.First(), err)
 	}
 }
 

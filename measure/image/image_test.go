@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -181,6 +183,35 @@ func TestRootDisk(t *testing.T) {
 		}
 		if r.Root != want {
 			t.Errorf("root disk is %v, want %v", r.Root, want)
+		}
+	}
+}
+
+// TestMeasurementShared measures for several machines at once, each with another address
+// of the initrd.
+func TestMeasurementShared(t *testing.T) {
+	m, err := static(t, imageOf(t, newKernel(), nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	results := make([][]measure.Digest, 4)
+	for n := range results {
+		group.Go(func() {
+			for mib := uint64(512); mib < 612; mib++ {
+				r, err := m.Measure(image.Machine{VCPUs: 1, MemoryBytes: mib << 20, NICs: 1, QEMU: "8.2.2"})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				results[n] = append(results[n], r.RTMR[1])
+			}
+		})
+	}
+	group.Wait()
+	for n := range results {
+		if !slices.Equal(results[n], results[0]) || len(slices.Compact(slices.Clone(results[n]))) != 100 {
+			t.Errorf("goroutine %d has other values, or the same for other sizes of memory", n)
 		}
 	}
 }
