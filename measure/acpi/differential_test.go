@@ -22,7 +22,7 @@ func arguments(m acpi.Machine) []string {
 	args := []string{
 		"-machine", fmt.Sprintf("q35,smm=%s,hpet=%s,pic=%s", onOff[m.SMM], onOff[m.HPET], onOff[m.PIC]),
 		// An Intel processor: with AMD's, QEMU leaves a hole below 1 TiB.
-		"-cpu", "qemu64,vendor=GenuineIntel,phys-bits=46", "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprintf("%dK", m.Memory>>10),
+		"-cpu", "qemu64,vendor=GenuineIntel,phys-bits=52", "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprintf("%dK", m.Memory>>10),
 		"-object", fmt.Sprintf("memory-backend-ram,id=mem0,size=%dK,reserve=off", m.Memory>>10),
 		"-nodefaults",
 	}
@@ -104,8 +104,8 @@ func matrix() (machines []acpi.Machine) {
 	for nics := range 27 {
 		add(func(m *acpi.Machine) { m.NICs = nics })
 	}
-	for _, gib := range []uint64{1, 2, 31, 32, 33, 512, 1024, 8192} {
-		add(func(m *acpi.Machine) { m.PCIHole64 = gib << 30 })
+	for _, mib := range []uint64{1, 1024, 1025, 2048, 32768, 33792, 33793, 1 << 20, 8 << 20, 1 << 30} {
+		add(func(m *acpi.Machine) { m.PCIHole64 = mib << 20 })
 	}
 	for bits := range 64 {
 		add(func(m *acpi.Machine) {
@@ -114,8 +114,10 @@ func matrix() (machines []acpi.Machine) {
 		})
 	}
 	for ports := 1; ports <= 25; ports++ {
-		add(func(m *acpi.Machine) { m.GPUs = ports })
-		add(func(m *acpi.Machine) { m.GPUs, m.NVSwitches, m.HotplugOff = (ports+1)/2, ports/2, true })
+		add(func(m *acpi.Machine) { m.GPUs, m.PCIHole64 = ports, 8<<40 })
+		add(func(m *acpi.Machine) {
+			m.GPUs, m.NVSwitches, m.HotplugOff, m.PCIHole64 = (ports+1)/2, ports/2, true, 8<<40
+		})
 	}
 	random := rand.New(rand.NewPCG(8, 16))
 	coin := func() bool { return random.IntN(2) == 0 }
@@ -127,7 +129,7 @@ func matrix() (machines []acpi.Machine) {
 				NICs: random.IntN(8), Volumes: random.IntN(8), NVSwitches: random.IntN(5),
 				PCIHole64: random.Uint64N(64) << 30,
 			}
-			if !m.Hugepages {
+			if m.PCIHole64 > 0 && !m.Hugepages {
 				m.GPUs = random.IntN(7)
 			}
 		})

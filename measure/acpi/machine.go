@@ -13,7 +13,7 @@ const (
 	maxCPUs   = 254
 	minMemory = 16 * mib
 	maxMemory = 8 << 40
-	maxHole64 = 8 << 40
+	maxHole64 = 1 << 50
 	maxSlots  = chipsetSlot - 1
 )
 
@@ -37,7 +37,10 @@ type Machine struct {
 	NVSwitches int  // passed-through NVSwitches, each behind a PCIe root port
 	Hugepages  bool // RAM comes from hugepages, which gives the machine a NUMA node and an SRAT
 
-	PCIHole64 uint64 // pci-hole64-size in bytes; 0 is QEMU's default of 32 GiB
+	// PCIHole64 is the machine's pci-hole64-size in bytes; 0 is QEMU's default of 32 GiB. QEMU
+	// makes the window larger where the BARs of GPUs need it, which cannot be known here: with
+	// GPUs, 0 is refused, and another size is taken as large enough.
+	PCIHole64 uint64
 }
 
 // Tables are the three files QEMU serves over fw_cfg, as the firmware reads and measures
@@ -59,8 +62,8 @@ func (m *Machine) check() (dialect, error) {
 		return d, fmt.Errorf("acpi: %d vCPUs: tables are known for 1 to %d", m.CPUs, maxCPUs)
 	case m.Memory < minMemory || m.Memory > maxMemory || m.Memory%mib != 0:
 		return d, fmt.Errorf("acpi: %d bytes of RAM: want whole MiB, %d MiB to %d TiB", m.Memory, minMemory/mib, maxMemory>>40)
-	case m.PCIHole64 > maxHole64 || m.PCIHole64%gib != 0:
-		return d, fmt.Errorf("acpi: a pci-hole64-size of %d bytes: tables are known for whole GiB up to %d TiB", m.PCIHole64, maxHole64>>40)
+	case m.PCIHole64 > maxHole64:
+		return d, fmt.Errorf("acpi: a pci-hole64-size of %d bytes: tables are known up to %d TiB", m.PCIHole64, maxHole64>>40)
 	case d.needsPIC && !m.PIC:
 		return d, fmt.Errorf("acpi: %v without pic: not known what its MADT says", m.QEMU)
 	}
@@ -82,6 +85,8 @@ func (m *Machine) checkDevices(d dialect) error {
 		return fmt.Errorf("acpi: %d devices: the root bus has %d slots", devices+ports, maxSlots)
 	case ports > 0 && !m.HotplugOff && d.portsNoHotplug:
 		return fmt.Errorf("acpi: %v with hotplug and GPUs or NVSwitches: tables not known", m.QEMU)
+	case m.GPUs > 0 && m.PCIHole64 == 0:
+		return errors.New("acpi: GPUs without a pci-hole64-size: the 64-bit window follows the GPUs' BARs")
 	case m.GPUs > 0 && m.Hugepages:
 		return errors.New("acpi: hugepages with GPUs: the tables follow the buses and windows the firmware gives the GPUs")
 	}
@@ -96,11 +101,12 @@ func (m *Machine) lowMemory() uint32 {
 	return uint32(m.Memory)
 }
 
+// hole64 is the length of the 64-bit window, which QEMU rounds up to GiB.
 func (m *Machine) hole64() uint64 {
 	if m.PCIHole64 == 0 {
-		return 32 << 30
+		return 32 * gib
 	}
-	return m.PCIHole64
+	return (m.PCIHole64 + gib - 1) &^ (gib - 1)
 }
 
 // slots counts the devices and after them the root ports in the slots of the root bus.

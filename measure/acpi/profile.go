@@ -54,7 +54,7 @@ func (p Profile) dialect() (d dialect, known bool) {
 	case QEMU9_2:
 		d = stock
 		d.portsNoHotplug, d.deferredEject, d.selectorReset = true, false, true
-		d.name, d.proven = "QEMU 9.2", "unproven: digests that dstack publishes for its own model of QEMU 9.2.1"
+		d.name, d.proven = "QEMU 9.2", "registers published for a GPU guest without hotplug (QEMU 9.2.1); with hotplug unproven"
 	case QEMU10:
 		d = stock
 		d.selectorReset = true
