@@ -25,7 +25,8 @@ func TestUnknown(t *testing.T) {
 		{"profile of the future", func(m *acpi.Machine) { m.QEMU = acpi.QEMU11_1 + 1 }, "unknown QEMU profile 7"},
 		{"negative profile", func(m *acpi.Machine) { m.QEMU = -1 }, "unknown QEMU profile -1"},
 		{"no vCPU", func(m *acpi.Machine) { m.CPUs = 0 }, "0 vCPUs"},
-		{"vCPUs that need x2APIC", func(m *acpi.Machine) { m.CPUs = 255 }, "255 vCPUs: tables are known for 1 to 254"},
+		{"vCPUs before QEMU 10", func(m *acpi.Machine) { m.QEMU, m.PIC, m.CPUs = acpi.QEMU8, true, 255 }, "255 vCPUs: tables of QEMU 8 are known for 1 to 254"},
+		{"vCPUs beyond the machine", func(m *acpi.Machine) { m.CPUs = 4097 }, "4097 vCPUs"},
 		{"no RAM", func(m *acpi.Machine) { m.Memory = 0 }, "0 bytes of RAM"},
 		{"RAM below the firmware's needs", func(m *acpi.Machine) { m.Memory = 15 << 20 }, "15728640 bytes of RAM"},
 		{"RAM given in MiB", func(m *acpi.Machine) { m.Memory = 2048 }, "2048 bytes of RAM"},
@@ -112,7 +113,7 @@ func FuzzBuild(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(got.Tables) != 0x20000 || len(got.RSDP) != 20 || len(got.Loader) != 4096 {
+		if n := len(got.Tables); n == 0 || n > 1<<20 || n%0x20000 != 0 || len(got.RSDP) != 20 || len(got.Loader) != 4096 {
 			t.Fatalf("files of %d, %d and %d bytes", len(got.Tables), len(got.RSDP), len(got.Loader))
 		}
 		walk(t, got)

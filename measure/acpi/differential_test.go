@@ -22,7 +22,7 @@ func arguments(m acpi.Machine) []string {
 	args := []string{
 		"-machine", fmt.Sprintf("q35,smm=%s,hpet=%s,pic=%s", onOff[m.SMM], onOff[m.HPET], onOff[m.PIC]),
 		// An Intel processor: with AMD's, QEMU leaves a hole below 1 TiB.
-		"-cpu", "qemu64,vendor=GenuineIntel,phys-bits=52", "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprintf("%dK", m.Memory>>10),
+		"-cpu", "qemu64,vendor=GenuineIntel,phys-bits=52,x2apic=on", "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprintf("%dK", m.Memory>>10),
 		"-object", fmt.Sprintf("memory-backend-ram,id=mem0,size=%dK,reserve=off", m.Memory>>10),
 		"-nodefaults",
 	}
@@ -96,7 +96,10 @@ func matrix() (machines []acpi.Machine) {
 		add(func(m *acpi.Machine) { m.CPUs = cpus })
 		add(func(m *acpi.Machine) { m.CPUs, m.Hugepages = cpus, true })
 	}
-	add(func(m *acpi.Machine) { m.CPUs = 254 })
+	for _, cpus := range []int{254, 255, 256, 257, 300, 512} { // from 256 on, some need an x2APIC
+		add(func(m *acpi.Machine) { m.CPUs = cpus })
+		add(func(m *acpi.Machine) { m.CPUs, m.Hugepages = cpus, true })
+	}
 	for _, mib := range []uint64{16, 64, 1024, 2047, 2048, 2049, 2815, 2816, 2817, 4096, 4097, 65536, 1 << 20, 8 << 20} {
 		add(func(m *acpi.Machine) { m.Memory = mib << 20 })
 		add(func(m *acpi.Machine) { m.Memory, m.Hugepages = mib<<20, true })

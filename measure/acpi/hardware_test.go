@@ -166,6 +166,8 @@ func TestPublished(t *testing.T) {
 		{"2 vCPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.CPUs = 2 }), "1362c6f473801b34f93df4e2966b2d3350f7f9113750da78a2cb799177157da8"},
 		{"8 vCPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.CPUs = 8 }), "0f9fc08c5efd03f1cb3cfaa1a0a09c45dcfbc18183dbc5aa1367ad10eb65135a"},
 		{"64 vCPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.CPUs = 64 }), "089fda95fb5d45ba9a5f46ebc99d85e1331daa4dd38f60597eec9a3d95c94bb5"},
+		{"256 vCPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.CPUs = 256 }), "d1c3291dbdf0ccc4acdecce5f78fbe80e0ca7d6d803a62c9f5b59ee8c7e0a1b5"},
+		{"4096 vCPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.CPUs = 4096 }), "6a4bbd704addd10996632d6535432598c742789e60b29d055a7784be927588a5"},
 		{"no NIC", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.NICs = 0 }), "93a140bbc031dc313ed4011b838c8b22ffdecb474435d9fcb294be97194c953c"},
 		{"2 NICs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.NICs = 2 }), "fbf083121cc3b46b3b7913e45e635e6bb31e11f0cb6e029aa504bc4de68e2d64"},
 		{"4 volumes", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.Volumes = 4 }), "7d722d7e3d811aa7978030af1d2a6c6aa68a5ab9267d7dff4e57babdf1476870"},

@@ -10,7 +10,6 @@ const (
 	gib = 1 << 30
 
 	// Up to here tables were compared with a stock QEMU's.
-	maxCPUs   = 254
 	minMemory = 16 * mib
 	maxMemory = 8 << 40
 	maxHole64 = 1 << 50
@@ -22,7 +21,7 @@ const (
 // machine whose tables are known.
 type Machine struct {
 	QEMU   Profile // which QEMU wrote the tables; the zero Profile is refused
-	CPUs   int     // virtual CPUs, 1 to 254; all present at boot
+	CPUs   int     // virtual CPUs, all present at boot: 1 to 254, from QEMU 10 on to 4096
 	Memory uint64  // guest RAM in bytes
 
 	PIC        bool // the 8259 interrupt controllers exist (dstack: on for 8.x)
@@ -58,8 +57,8 @@ func (m *Machine) check() (dialect, error) {
 	switch {
 	case !known:
 		return d, fmt.Errorf("acpi: %v", m.QEMU)
-	case m.CPUs < 1 || m.CPUs > maxCPUs:
-		return d, fmt.Errorf("acpi: %d vCPUs: tables are known for 1 to %d", m.CPUs, maxCPUs)
+	case m.CPUs < 1 || m.CPUs > d.maxCPUs:
+		return d, fmt.Errorf("acpi: %d vCPUs: tables of %v are known for 1 to %d", m.CPUs, m.QEMU, d.maxCPUs)
 	case m.Memory < minMemory || m.Memory > maxMemory || m.Memory%mib != 0:
 		return d, fmt.Errorf("acpi: %d bytes of RAM: want whole MiB, %d MiB to %d TiB", m.Memory, minMemory/mib, maxMemory>>40)
 	case m.PCIHole64 > maxHole64:
