@@ -160,30 +160,51 @@ func (a *aml) processorName(i int) {
 	a.b = append(a.b, 'C', digits[i>>8&0xf], digits[i>>4&0xf], digits[i&0xf])
 }
 
-// processor declares number i (ACPI 6.5, section 19.6.108). The first one cannot leave.
+// processor declares number i: as a Processor (ACPI 6.5, section 19.6.108) while its ID fits
+// into a byte, else as a device.
 func (a *aml) processor(i int, numa bool) {
-	a.block(processorOp, "", func() {
+	op := processorOp
+	if i >= firstX2APIC {
+		op = deviceOp
+	}
+	a.block(op, "", func() {
 		a.processorName(i)
-		a.b = append(a.b, byte(i), 0, 0, 0, 0, 0) // its ID, and no register block
-		a.method("_STA", serialized, func() {
-			a.put(returnOp + "CSTA")
+		if i >= firstX2APIC {
+			a.put(nameOp + "_HID")
+			a.text("ACPI0007")
+			a.put(nameOp + "_UID")
 			a.integer(uint64(i))
-		})
-		a.put(nameOp + "_MAT")
-		a.block(bufferOp, bytePrefix+"\x08", func() { a.b = appendLocalAPIC(a.b, i) })
-		if i > 0 {
-			a.method("_EJ0", 1, func() {
-				a.put("CEJ0")
-				a.integer(uint64(i))
-			})
+		} else {
+			a.b = append(a.b, byte(i), 0, 0, 0, 0, 0) // its ID, and no register block
 		}
-		a.method("_OST", 3|serialized, func() {
-			a.put("COST")
-			a.integer(uint64(i))
-			a.put(arg0 + arg1 + arg2)
-		})
+		a.processorMethods(i)
 		if numa {
 			a.put(nameOp + "_PXM" + zeroOp)
 		}
+	})
+}
+
+// processorMethods are the same for both. The first processor cannot leave.
+func (a *aml) processorMethods(i int) {
+	a.method("_STA", serialized, func() {
+		a.put(returnOp + "CSTA")
+		a.integer(uint64(i))
+	})
+	a.put(nameOp + "_MAT")
+	a.block(bufferOp, bytePrefix, func() {
+		start := len(a.b)
+		a.b = appendLocalAPIC(append(a.b, 0), i)
+		a.b[start] = byte(len(a.b) - start - 1)
+	})
+	if i > 0 {
+		a.method("_EJ0", 1, func() {
+			a.put("CEJ0")
+			a.integer(uint64(i))
+		})
+	}
+	a.method("_OST", 3|serialized, func() {
+		a.put("COST")
+		a.integer(uint64(i))
+		a.put(arg0 + arg1 + arg2)
 	})
 }

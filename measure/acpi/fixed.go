@@ -110,11 +110,25 @@ func madt(b []byte, m *Machine, d dialect) []byte {
 	}
 	b = u32(append(b, 1, 12, 0, 0), ioAPIC, 0)
 	b = d.overrides(b)
-	return append(b, 4, 6, 0xff, 0, 0, 1) // NMI at LINT1 of all processors
+	// NMI at LINT1 of all processors; one structure for both kinds (5.2.12.7 and 5.2.12.13).
+	if m.CPUs > firstX2APIC {
+		b = u32(append(b, 10, 12, 0, 0), allProcessors)
+		return append(b, 1, 0, 0, 0)
+	}
+	return append(b, 4, 6, 0xff, 0, 0, 1)
 }
 
-// appendLocalAPIC is a Processor Local APIC structure (section 5.2.12.2).
+const (
+	firstX2APIC   = 255 // the first APIC ID that does not fit into eight bits
+	allProcessors = 0xffff_ffff
+)
+
+// appendLocalAPIC is a Processor Local APIC or x2APIC structure (sections 5.2.12.2 and
+// 5.2.12.12), enabled.
 func appendLocalAPIC(b []byte, i int) []byte {
+	if i >= firstX2APIC {
+		return u32(append(b, 9, 16, 0, 0), uint32(i), 1, uint32(i))
+	}
 	return append(b, 0, 8, byte(i), byte(i), 1, 0, 0, 0)
 }
 
@@ -157,6 +171,10 @@ func srat(b []byte, m *Machine) []byte {
 	b = u32(b, 1)
 	b = u64(b, 0)
 	for i := range m.CPUs {
+		if i >= firstX2APIC {
+			b = u32(append(b, 2, 24, 0, 0), 0, uint32(i), 1, 0, 0)
+			continue
+		}
 		b = append(b, 0, 16, 0, byte(i), 1, 0, 0, 0)
 		b = u64(b, 0)
 	}

@@ -106,6 +106,43 @@ func TestHardwareLogs(t *testing.T) {
 	}
 }
 
+// TestRegister replays RTMR0 of a GPU guest of QEMU 9.2.1, of which only the configuration
+// and the register are published: 24 vCPUs, 256 GiB, one GPU, no hotplug, a hole of 1 PiB.
+func TestRegister(t *testing.T) {
+	got := build(t, acpi.Machine{
+		QEMU: acpi.QEMU9_2, CPUs: 24, Memory: 256 << 30, NICs: 1, GPUs: 1, HotplugOff: true, PCIHole64: 1 << 50,
+	})
+	const want = "24c15e08c07aa01c531cbd7e8ba28f8cb62e78f6171bf6a8e0800714a65dd5efd3a06bf0cf5433c02bbfac839434b418"
+	events := []string{ // what else the firmware measures there
+		"53463ae04b471637983d15f9f41780859a60e70595e56be96bc69acf6efc3174a3fa258b5da897785cad4ca8fcb8a723", // TD HOB
+		"344bc51c980ba621aaa00da3ed7436f7d6e549197dfe699515dfa2c6583d95e6412af21c097d473155875ffd561d6790", // variable volume
+		"9dc3a1f80bcec915391dcda5ffbb15e7419f77eab462bbf72b42166fb70d50325e37b36f93537a863769bcf9bedae6fb", // SecureBoot
+		"6f2e3cbc14f9def86980f5f66fd85e99d63e69a73014ed8a5633ce56eca5b64b692108c56110e22acadcef58c3250f1b", // PK
+		"d607c0efb41c0d757d69bca0615c3a9ac0b1db06c557d992e906c6b7dee40e0e031640c7bfd7bcd35844ef9edeadc6f9", // KEK
+		"08a74f8963b337acb6c93682f934496373679dd26af1089cb4eaf0c30cf260a12e814856385ab8843e56a9acea19e127", // db
+		"18cc6e01f0c6ea99aa23f8a280423e94ad81d96d0aeb5180504fc0f7a40cb3619dd39bd6a95ec1680a86ed6ab0f9828d", // dbx
+		"394341b7182cd227c5c6b07ef8000cdfd86136c4292b8e576573ad7ed9ae41019f5818b4b971c9effc60e1ad9f1289f0", // separator
+	}
+	for _, file := range [][]byte{got.Loader, got.RSDP, got.Tables} {
+		digest := sha512.Sum384(file)
+		events = append(events, hex.EncodeToString(digest[:]))
+	}
+	events = append(events,
+		"1dd6f7b457ad880d840d41c961283bab688e94e4b59359ea45686581e90feccea3c624b1226113f824f315eb60ae0a7c", // BootOrder
+		"23ada07f5261f12f34a0bd8e46760962d6b4d576a416f1fea1c64bc656b1d28eacf7047ae6e967c58fd2a98bfa74c298") // Boot0000
+	var register [48]byte
+	for _, e := range events {
+		digest, err := hex.DecodeString(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		register = sha512.Sum384(append(register[:], digest...))
+	}
+	if hex.EncodeToString(register[:]) != want {
+		t.Errorf("RTMR0 is %x, want %s", register, want)
+	}
+}
+
 // TestPublished holds the profiles against digests that dstack publishes for its own model
 // (SHA-256 of etc/acpi/tables), made without this code: what there is for QEMUs that no
 // Debian release has.
@@ -129,14 +166,16 @@ func TestPublished(t *testing.T) {
 		{"2 vCPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.CPUs = 2 }), "1362c6f473801b34f93df4e2966b2d3350f7f9113750da78a2cb799177157da8"},
 		{"8 vCPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.CPUs = 8 }), "0f9fc08c5efd03f1cb3cfaa1a0a09c45dcfbc18183dbc5aa1367ad10eb65135a"},
 		{"64 vCPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.CPUs = 64 }), "089fda95fb5d45ba9a5f46ebc99d85e1331daa4dd38f60597eec9a3d95c94bb5"},
+		{"256 vCPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.CPUs = 256 }), "d1c3291dbdf0ccc4acdecce5f78fbe80e0ca7d6d803a62c9f5b59ee8c7e0a1b5"},
+		{"4096 vCPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.CPUs = 4096 }), "6a4bbd704addd10996632d6535432598c742789e60b29d055a7784be927588a5"},
 		{"no NIC", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.NICs = 0 }), "93a140bbc031dc313ed4011b838c8b22ffdecb474435d9fcb294be97194c953c"},
 		{"2 NICs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.NICs = 2 }), "fbf083121cc3b46b3b7913e45e635e6bb31e11f0cb6e029aa504bc4de68e2d64"},
 		{"4 volumes", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.Volumes = 4 }), "7d722d7e3d811aa7978030af1d2a6c6aa68a5ab9267d7dff4e57babdf1476870"},
-		{"1 GPU", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.GPUs, m.HotplugOff = 1, true }), "0948490885eb9a777d553c7c0c529e3647533f4251b394f2f7f0a9862dadb4ca"},
-		{"8 GPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.GPUs, m.HotplugOff = 8, true }), "93946fc370652394d13211bd1e9361a27128a56339017f9e3645d86f0bddc1bd"},
-		{"1 GPU, 1 NVSwitch", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.GPUs, m.NVSwitches, m.HotplugOff = 1, 1, true }),
+		{"1 GPU", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.GPUs, m.HotplugOff, m.PCIHole64 = 1, true, 32<<30 }), "0948490885eb9a777d553c7c0c529e3647533f4251b394f2f7f0a9862dadb4ca"},
+		{"8 GPUs", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.GPUs, m.HotplugOff, m.PCIHole64 = 8, true, 32<<30 }), "93946fc370652394d13211bd1e9361a27128a56339017f9e3645d86f0bddc1bd"},
+		{"1 GPU, 1 NVSwitch", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.GPUs, m.NVSwitches, m.HotplugOff, m.PCIHole64 = 1, 1, true, 32<<30 }),
 			"bc29add92b02f264c41cfbde65beb24499cbb43e10fefe191f3a513284c050de"},
-		{"1 GPU, 4 NVSwitches", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.GPUs, m.NVSwitches, m.HotplugOff = 1, 4, true }),
+		{"1 GPU, 4 NVSwitches", plain(acpi.QEMU11_1, func(m *acpi.Machine) { m.GPUs, m.NVSwitches, m.HotplugOff, m.PCIHole64 = 1, 4, true, 32<<30 }),
 			"323e607f82db7a002bd6a71e7a6ac1ed746e94e3daba75dde2958751861c1a57"},
 	} {
 		if digest := sha256.Sum256(build(t, c.machine).Tables); hex.EncodeToString(digest[:]) != c.want {

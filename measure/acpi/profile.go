@@ -25,6 +25,7 @@ type dialect struct {
 	interruptFlags byte                // of the links' extended interrupt descriptors
 	overrides      func([]byte) []byte // appends the MADT's interrupt source overrides
 	needsPIC       bool                // what the MADT says of a machine without PIC is not known
+	maxCPUs        int                 // up to which tables are known
 	portsNoHotplug bool                // root ports are known on machines without hotplug only
 	labelAlways    bool                // PDSM names an index even where a device has none
 	deferredEject  bool                // CSCN notifies of removals after its scan
@@ -40,9 +41,9 @@ const (
 )
 
 func (p Profile) dialect() (d dialect, known bool) {
-	stock := dialect{interruptFlags: levelTriggered, overrides: chipsetOverrides, deferredEject: true}
+	stock := dialect{interruptFlags: levelTriggered, overrides: chipsetOverrides, deferredEject: true, maxCPUs: 4096}
 	tdx := dialect{interruptFlags: edgeTriggered, overrides: edgeOverrides,
-		portsNoHotplug: true, labelAlways: true, selectorReset: true}
+		portsNoHotplug: true, labelAlways: true, selectorReset: true, maxCPUs: 254}
 	switch p {
 	case QEMU8:
 		d = tdx
@@ -53,8 +54,8 @@ func (p Profile) dialect() (d dialect, known bool) {
 		d.name, d.proven = "QEMU 9.0/9.1", "unproven: digests that dstack publishes for its own model of QEMU 9.1"
 	case QEMU9_2:
 		d = stock
-		d.portsNoHotplug, d.deferredEject, d.selectorReset = true, false, true
-		d.name, d.proven = "QEMU 9.2", "unproven: digests that dstack publishes for its own model of QEMU 9.2.1"
+		d.portsNoHotplug, d.deferredEject, d.selectorReset, d.maxCPUs = true, false, true, 254
+		d.name, d.proven = "QEMU 9.2", "registers published for a GPU guest without hotplug (QEMU 9.2.1); with hotplug unproven"
 	case QEMU10:
 		d = stock
 		d.selectorReset = true
