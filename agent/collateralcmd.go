@@ -30,7 +30,7 @@ func newCollateralFetch() *cobra.Command {
   tdx-agent collateral fetch --fmspc 90c06f000000 --pccs https://pccs.example.org`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			v, store, err := f.verifier(warnings(cmd.ErrOrStderr()))
+			v, store, err := f.verifier(cmd.Context(), warnings(cmd.ErrOrStderr()))
 			if err != nil {
 				return err
 			}

@@ -30,7 +30,7 @@ func newPolicyCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "check FILE", Short: "Check a policy file, and list every term that accepts any value", Args: cobra.ExactArgs(1), Example: "  tdx-agent policy check policy.toml",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, err := readPolicy(args[0])
+			p, err := readPolicy(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -109,7 +109,7 @@ func judge(cmd *cobra.Command, in *evidenceFlags, f *verifierFlags, x remote.Exp
 	if err != nil {
 		return nil, err
 	}
-	v, _, err := f.verifier(warnings(cmd.ErrOrStderr()))
+	v, _, err := f.verifier(cmd.Context(), warnings(cmd.ErrOrStderr()))
 	if err != nil {
 		return nil, err
 	}

@@ -161,6 +161,11 @@ func makeDetails(r *remote.Result) verdictDetails {
 		QuoteVerified:       c.Report != nil && passed(r, "signature", "root"),
 		EventLogVerified:    passed(r, "event_log") && c.IdentityErr == nil,
 		OSImageHashVerified: passed(r, "mrtd", "rtmr1", "rtmr2", "os_image_hash"),
+		ACPITablesVerified:  passed(r, "rtmr0") && r.Image.Calculated(),
+	}
+	if r.Image != nil && r.Image.Version() != "" {
+		version := r.Image.Version()
+		d.OSImageVersion = &version
 	}
 	if c.Quote != nil {
 		d.ReportData = c.Quote.Body.ReportData.String()

@@ -21,7 +21,7 @@ var questions = []struct {
 }{
 	{remote.Hardware, "genuine hardware?", []string{"signature", "root"}, "--collateral"},
 	{remote.TCB, "which TCB?", []string{"collateral", "tcb_status"}, "--collateral"},
-	{remote.Boot, "which firmware, kernel, command line, initrd?", []string{"mrtd", "rtmr0", "rtmr1", "rtmr2"}, "--policy with an image"},
+	{remote.Boot, "which firmware, kernel, command line, initrd?", []string{"mrtd", "rtmr0", "rtmr1", "rtmr2"}, "--policy with an image, or --image"},
 	{remote.Application, "which application?", nil, "--event-log and --policy or --compose"},
 	{remote.Freshness, "fresh for me?", []string{"report_data"}, "--report-data"},
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -26,11 +27,13 @@ const verifyTimeout = 90 * time.Second
 // verifierFlags say how to judge evidence.
 type verifierFlags struct {
 	policy, root, at, state string
+	image                   string
 	collateral, pccs        []string
 }
 
 func (f *verifierFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.policy, "policy", "", "policy file (default: the built-in policy, which pins no image and no application)")
+	cmd.Flags().StringVar(&f.image, "image", "", "metadata.json of the OS image, or its measurement.tdx.cbor: the registers are calculated from it and the evidence's vm_config")
 	f.addSources(cmd)
 }
 
@@ -45,8 +48,8 @@ func (f *verifierFlags) addSources(cmd *cobra.Command) {
 const stateDefault = "/var/lib/tdx-agent"
 
 // verifier makes the Verifier that the flags ask for.
-func (f *verifierFlags) verifier(log *slog.Logger) (*remote.Verifier, *collateral.Store, error) {
-	policy, err := f.readPolicy()
+func (f *verifierFlags) verifier(ctx context.Context, log *slog.Logger) (*remote.Verifier, *collateral.Store, error) {
+	policy, err := f.readPolicy(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -62,29 +65,38 @@ func (f *verifierFlags) verifier(log *slog.Logger) (*remote.Verifier, *collatera
 	return v, store, withExit(exitConfig, err)
 }
 
-func (f *verifierFlags) readPolicy() (*remote.Policy, error) {
-	if f.policy == "" {
-		if f.root == "" {
-			return remote.BuiltinPolicy(), nil
-		}
-		pin, err := readRoot(f.root)
-		if err != nil {
-			return nil, err
-		}
-		return remote.BuiltinPolicy(pin), nil
-	}
-	if f.root != "" {
+func (f *verifierFlags) readPolicy(ctx context.Context) (p *remote.Policy, err error) {
+	switch {
+	case f.policy != "" && f.root != "":
 		return nil, exitf(exitUsage, `--root does not go with --policy: a policy names its roots itself (root = "sha256:...")`)
+	case f.policy != "":
+		p, err = readPolicy(ctx, f.policy)
+	case f.root != "":
+		var pin [32]byte
+		if pin, err = readRoot(f.root); err == nil {
+			p = remote.BuiltinPolicy(pin)
+		}
+	default:
+		p = remote.BuiltinPolicy()
 	}
-	return readPolicy(f.policy)
+	if err == nil && f.image != "" {
+		err = withExit(exitConfig, p.RequireImage(ctx, f.image))
+	}
+	return p, err
 }
 
-func readPolicy(path string) (*remote.Policy, error) {
+// readPolicy reads a policy with the images that it names.
+func readPolicy(ctx context.Context, path string) (*remote.Policy, error) {
 	b, err := readCapped(path, remote.MaxPolicy)
 	if err != nil {
 		return nil, withExit(exitConfig, err)
 	}
 	p, err := remote.ParsePolicy(path, b)
+	if err == nil {
+		if err = p.LoadImages(ctx); err != nil {
+			err = fmt.Errorf("%s: %w", path, err)
+		}
+	}
 	return p, withExit(exitConfig, err)
 }
 

@@ -42,7 +42,7 @@ There is no TLS and no authorisation: keep it on a loopback address, or behind a
 				return exitf(exitUsage, "verify serve needs --policy")
 			}
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
-			v, store, err := f.verifier(log)
+			v, store, err := f.verifier(cmd.Context(), log)
 			if err != nil {
 				return err
 			}

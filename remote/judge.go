@@ -180,35 +180,56 @@ func (e *Entry) judgePlatform(s *sheet, c *Claims) {
 
 // judgeBoot checks the image: all values must be those of one image.
 func (e *Entry) judgeBoot(s *sheet, c *Claims) {
-	names := [4]string{"mrtd", "rtmr0", "rtmr1", "rtmr2"}
-	hints := [4]string{"the firmware is another", "firmware settings, ACPI tables or boot order are others: number of processors, memory, devices", "the kernel is another", "the command line or the initrd is another"}
-	var image *Image
-	if c.Quote != nil && len(e.images) > 0 {
-		image = e.closestImage(c)
-	}
-	for i, name := range names {
-		if image == nil {
-			s.skip(Boot, name, "give a policy with an image")
-			continue
+	if len(e.images) == 0 || c.Quote == nil {
+		for _, name := range append(bootNames[:], "os_image_hash") {
+			s.skip(Boot, name, "give a policy with an image, or --image")
 		}
-		list, got := image.register(i), bootRegister(c.Quote, i)
-		e.optional(s, Boot, name, "image."+image.Name+": "+name, len(list) > 0, func() bool { return slices.Contains(list, got) }, func() (string, string, string) {
-			return got.String(), fmt.Sprintf("%s of image %q", digests(list), image.Name), hints[i]
-		})
-	}
-	if image == nil {
-		s.skip(Boot, "os_image_hash", "give a policy with an image")
+	} else if e.images[0].Calculated() && c.SignatureErr != nil {
+		for _, name := range append(bootNames[:], "os_image_hash") {
+			s.skip(Boot, name, "the quote is not genuine")
+		}
+	} else if m := e.closestImage(c); m.err != nil {
+		s.fail(Boot, "mrtd", "image_not_calculated", m.err.Error(), "the registers of image "+m.image.Name+" on the machine of the vm_config", "give --vm-config, or pin the registers in the policy")
+		for _, name := range append(bootNames[1:], "os_image_hash") {
+			s.skip(Boot, name, "the image's registers could not be calculated")
+		}
 	} else {
-		image.judgeRest(s, e, c)
+		m.judge(s, e, c)
+		m.image.judgeRest(s, e, c)
 	}
 	e.judgeBootLog(s, c)
+}
+
+var bootNames = [4]string{"mrtd", "rtmr0", "rtmr1", "rtmr2"}
+
+// candidate is an image with the values that its registers may have here.
+type candidate struct {
+	image  *Image
+	values [4][]measure.Digest
+	err    error // they could not be calculated
+}
+
+func (m *candidate) judge(s *sheet, e *Entry, c *Claims) {
+	hints := [4]string{"the firmware is another, or its pages were added in the other order", "firmware settings, ACPI tables or boot order are others: number of processors, memory, devices; tdx-agent image explain tells which event differs",
+		"the kernel is another", "the command line or the initrd is another"}
+	s.image = m.image
+	for i, name := range bootNames {
+		list, got := m.values[i], bootRegister(c.Quote, i)
+		e.optional(s, Boot, name, "image."+m.image.Name+": "+name, len(list) > 0, func() bool { return slices.Contains(list, got) }, func() (string, string, string) {
+			return got.String(), fmt.Sprintf("%s of image %q", digests(list), m.image.Name), hints[i]
+		})
+	}
 }
 
 // judgeRest checks what an image says beyond its registers.
 func (image *Image) judgeRest(s *sheet, e *Entry, c *Claims) {
 	b := &c.Quote.Body
-	e.optional(s, Boot, "os_image_hash", "os_image_hash", len(image.OSImageHash) > 0, func() bool { return image.hasHash(c) }, func() (string, string, string) {
-		return fmt.Sprintf("event %x, vm_config %x", c.Identity.OSImageHash, c.OSImageHash()), image.OSImageHash.String(), "another image, or a claim of another"
+	// A hash that the policy pins must be claimed; that of an image's files need not be,
+	// since its registers prove it.
+	hash := image.hash()
+	isAsked := len(image.OSImageHash) > 0 || len(hash) > 0 && (c.OSImageHash() != nil || c.Identity.OSImageHash != nil)
+	e.optional(s, Boot, "os_image_hash", "os_image_hash", isAsked, func() bool { return image.hasHash(c) }, func() (string, string, string) {
+		return fmt.Sprintf("event %x, vm_config %x", c.Identity.OSImageHash, c.OSImageHash()), hash.String(), "another image, or a claim of another"
 	})
 	if len(image.MRSEAM) > 0 {
 		e.pinned(s, Boot, "image_mr_seam", image.MRSEAM, b.MRSEAM, "another TDX module")
@@ -225,12 +246,8 @@ func (image *Image) judgeRest(s *sheet, e *Entry, c *Claims) {
 
 // hasHash compares every claim of an os_image_hash; there must be one.
 func (image *Image) hasHash(c *Claims) bool {
-	event, config := c.Identity.OSImageHash, c.OSImageHash()
-	return (len(event) > 0 || len(config) > 0) && (len(event) == 0 || bytes.Equal(event, image.OSImageHash)) && (len(config) == 0 || bytes.Equal(config, image.OSImageHash))
-}
-
-func (image *Image) register(i int) []measure.Digest {
-	return [4][]measure.Digest{image.MRTD, image.RTMR0, image.RTMR1, image.RTMR2}[i]
+	event, config, want := c.Identity.OSImageHash, c.OSImageHash(), image.hash()
+	return (len(event) > 0 || len(config) > 0) && (len(event) == 0 || bytes.Equal(event, want)) && (len(config) == 0 || bytes.Equal(config, want))
 }
 
 func bootRegister(q *measure.Quote, i int) measure.Digest {
@@ -241,20 +258,23 @@ func bootRegister(q *measure.Quote, i int) measure.Digest {
 }
 
 // closestImage returns the image of which most registers match, the first of equals.
-func (e *Entry) closestImage(c *Claims) *Image {
-	best, most := &e.images[0], -1
+func (e *Entry) closestImage(c *Claims) candidate {
+	var best candidate
+	most := -1
 	for k := range e.images {
-		image, n := &e.images[k], 0
-		for i := range 4 {
-			if list := image.register(i); len(list) == 0 || slices.Contains(list, bootRegister(c.Quote, i)) {
-				n += 2
+		m, n := candidate{image: &e.images[k]}, 0
+		if m.values, m.err = m.image.registers(c); m.err == nil {
+			for i, list := range m.values {
+				if len(list) == 0 || slices.Contains(list, bootRegister(c.Quote, i)) {
+					n += 2
+				}
+			}
+			if len(m.image.OSImageHash) == 0 || m.image.hasHash(c) {
+				n++
 			}
 		}
-		if len(image.OSImageHash) == 0 || image.hasHash(c) {
-			n++
-		}
 		if n > most {
-			best, most = image, n
+			best, most = m, n
 		}
 	}
 	return best

@@ -107,12 +107,23 @@ type Image struct {
 	RTMR1         []measure.Digest `toml:"rtmr1"`
 	RTMR2         []measure.Digest `toml:"rtmr2"`
 	AllowAnyRTMR0 bool             `toml:"allow_any_rtmr0"`
+	// Metadata is the path of the image's metadata.json, or of its
+	// measurement.tdx.cbor, from which all four registers are calculated for the
+	// machine of the evidence's own vm_config, see [Policy.LoadImages].
+	Metadata string `toml:"metadata"`
+	// Carried calculates them from the measurement document that the evidence carries in
+	// its vm_config, if that is bound to OSImageHash.
+	Carried bool `toml:"carried"`
+	// AllowAnyPageOrder accepts MRTD for either order in which QEMU may add pages.
+	AllowAnyPageOrder bool `toml:"allow_any_page_order"`
 	// OSImageHash is compared with the os-image-hash event and with the vm_config's
 	// claim, which prove nothing by themselves: it never stands alone.
 	OSImageHash  Hex              `toml:"os_image_hash"`
 	MRSEAM       []measure.Digest `toml:"mr_seam"`
 	MinTEETCBSVN Hex              `toml:"min_tee_tcb_svn"` // up to 16 bytes, compared byte by byte
 	XFAM         *Mask            `toml:"xfam"`
+
+	calculated *calculation // of Metadata
 }
 
 // Terms are what an entry demands of the platform, beyond a genuine quote.

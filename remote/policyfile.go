@@ -3,6 +3,7 @@ package remote
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -112,10 +113,22 @@ type faultFunc func(format string, a ...any)
 
 func (image *Image) check(fault faultFunc) {
 	where := fmt.Sprintf("image %q", image.Name)
-	if len(image.MRTD) == 0 || len(image.RTMR1) == 0 || len(image.RTMR2) == 0 {
-		fault("%s: mrtd, rtmr1 and rtmr2 are what proves an image: give all three", where)
-	}
-	if len(image.RTMR0) == 0 && !image.AllowAnyRTMR0 {
+	hasPins := len(image.MRTD)+len(image.RTMR0)+len(image.RTMR1)+len(image.RTMR2) > 0 || image.AllowAnyRTMR0
+	switch {
+	case image.Metadata != "" && image.Carried:
+		fault("%s: metadata and carried exclude each other", where)
+	case image.Calculated() && hasPins:
+		fault("%s: metadata or carried give the registers: leave out mrtd, rtmr0, rtmr1, rtmr2 and allow_any_rtmr0", where)
+	case image.Carried && len(image.OSImageHash) == 0:
+		fault("%s: carried needs the os_image_hash that binds what the evidence carries", where)
+	case image.Metadata != "" && !filepath.IsAbs(image.Metadata):
+		fault("%s: metadata is %q, want an absolute path", where, image.Metadata)
+	case image.Calculated():
+	case image.AllowAnyPageOrder:
+		fault("%s: allow_any_page_order goes with metadata or carried: list both values of mrtd", where)
+	case len(image.MRTD) == 0 || len(image.RTMR1) == 0 || len(image.RTMR2) == 0:
+		fault("%s: mrtd, rtmr1 and rtmr2 are what proves an image: give all three, or metadata", where)
+	case len(image.RTMR0) == 0 && !image.AllowAnyRTMR0:
 		fault("%s: give rtmr0 (firmware settings, ACPI tables, boot order), or write allow_any_rtmr0 = true", where)
 	}
 	for key, list := range map[string][]measure.Digest{"mrtd": image.MRTD, "rtmr0": image.RTMR0, "rtmr1": image.RTMR1, "rtmr2": image.RTMR2, "mr_seam": image.MRSEAM} {

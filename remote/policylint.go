@@ -17,8 +17,12 @@ func (p *Policy) Loosened() (notes []string) {
 		}
 		e.notes(note)
 		for k := range e.images {
-			if image := &e.images[k]; len(image.RTMR0) == 0 {
+			image := &e.images[k]
+			if image.AllowAnyRTMR0 {
 				note("image %q: allow_any_rtmr0: firmware settings, ACPI tables and boot order may be any", image.Name)
+			}
+			if image.AllowAnyPageOrder {
+				note("image %q: allow_any_page_order: MRTD may be of either order of pages", image.Name)
 			}
 		}
 		e.Terms.notes(note)

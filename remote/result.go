@@ -81,6 +81,8 @@ type Result struct {
 	Entry  string
 	Checks []Check
 	Claims *Claims
+	// Image is the one that the boot was compared with, nil if there was none.
+	Image *Image
 
 	policy *Policy
 	expect *Expect
@@ -163,6 +165,7 @@ type sheet struct {
 	isVerbose bool
 	checks    []Check
 	failed    int
+	image     *Image // that the boot was compared with
 }
 
 func (s *sheet) check(q Question, name string, isOK bool, detail func() (got, want, hint string)) {

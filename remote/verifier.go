@@ -65,6 +65,9 @@ func (v *Verifier) SetPolicy(p *Policy, store *collateral.Store) error {
 	if store == nil {
 		return errors.New("remote: no source of collateral: give a collateral.Store")
 	}
+	if name := p.unloaded(); name != "" {
+		return fmt.Errorf("remote: policy %s: image %q was not loaded: call Policy.LoadImages first", p.ID, name)
+	}
 	if names := p.Simulated(); v.cfg.RealHardware && len(names) > 0 {
 		return fmt.Errorf("remote: policy %s accepts simulated evidence (%q), which is refused where this TD is real", p.ID, names)
 	}
@@ -154,7 +157,7 @@ func (a *active) result(c *Claims, x *Expect, at time.Time) (*Result, error) {
 		s := sheet{checks: make([]Check, 0, 48)}
 		e.judge(&s, c, x, at)
 		if fewest < 0 || s.failed < fewest {
-			fewest, r.Entry, r.Checks = s.failed, e.Name, s.checks
+			fewest, r.Entry, r.Checks, r.Image = s.failed, e.Name, s.checks, s.image
 		}
 		if s.failed == 0 {
 			r.Accepted = true
