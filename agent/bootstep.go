@@ -166,24 +166,30 @@ func instanceSeed(dir runtimeDir, files *measure.GuestFiles) ([]byte, error) {
 	return seed, renameio.WriteFile(dir.seed(), seed, 0o400)
 }
 
+// loadAgentKey loads the agent key that the boot step has left. The error is
+// fs.ErrNotExist if there is none.
+func loadAgentKey(dir runtimeDir) (*ecdsa.PrivateKey, error) {
+	b, err := readCapped(dir.agentKey(), 4096)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(b)
+	block, _ := pem.Decode(b)
+	if block == nil {
+		return nil, fmt.Errorf("%s holds no PEM block", dir.agentKey())
+	}
+	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if ec, ok := key.(*ecdsa.PrivateKey); ok && err == nil && ec.Curve == elliptic.P256() {
+		return ec, nil
+	}
+	return nil, fmt.Errorf("%s holds no P-256 key", dir.agentKey())
+}
+
 // agentKey loads this boot's agent key, or makes it. It never leaves the runtime
 // directory, which is in memory, and its public half is measured.
 func agentKey(dir runtimeDir) (*ecdsa.PrivateKey, error) {
-	b, err := readCapped(dir.agentKey(), 4096)
-	if err == nil {
-		defer clear(b)
-		block, _ := pem.Decode(b)
-		if block == nil {
-			return nil, fmt.Errorf("%s holds no PEM block", dir.agentKey())
-		}
-		key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-		if ec, ok := key.(*ecdsa.PrivateKey); ok && err == nil && ec.Curve == elliptic.P256() {
-			return ec, nil
-		}
-		return nil, fmt.Errorf("%s holds no P-256 key", dir.agentKey())
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
+	if key, err := loadAgentKey(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return key, err
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

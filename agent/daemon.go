@@ -12,6 +12,7 @@ import (
 	"tdx-agent/agent/guestapi"
 	"tdx-agent/agent/status"
 	"tdx-agent/measure"
+	"tdx-agent/remote/atls"
 )
 
 const (
@@ -34,6 +35,7 @@ type daemon struct {
 	files    *measure.GuestFiles // nil: no application files
 	access   []status.Access
 	cloud    [2]string // DMI vendor and product
+	channel  *atls.Key // nil: this boot has no agent key
 
 	mu       sync.Mutex // guards what follows
 	info     guestapi.Info
@@ -55,6 +57,9 @@ func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *
 		ac.VMConfig = files.SysConfig.VMConfig
 	}
 	d.attester = measure.NewAttester(ac)
+	if err := d.loadChannelKey(); err != nil {
+		return nil, err
+	}
 	s, err := l.Snapshot(ctx)
 	if err := d.report(err); err != nil {
 		return nil, err

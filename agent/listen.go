@@ -17,15 +17,16 @@ import (
 
 // The sockets by the names systemd passes them under (FileDescriptorName=).
 const (
-	socketDstack = "dstack"
-	socketTappd  = "tappd"
-	socketAgent  = "agent"
-	socketAdmin  = "admin"
+	socketDstack  = "dstack"
+	socketTappd   = "tappd"
+	socketAgent   = "agent"
+	socketAdmin   = "admin"
+	socketChannel = "channel" // optional: only where the machine has attested channels
 )
 
 // socketModes are the sockets of serve. Containers have arbitrary user ids, so
 // dstack's two are open to all, and what they give is limited instead.
-var socketModes = map[string]fs.FileMode{socketDstack: 0o666, socketTappd: 0o666, socketAgent: 0o660, socketAdmin: 0o600}
+var socketModes = map[string]fs.FileMode{socketDstack: 0o666, socketTappd: 0o666, socketAgent: 0o660, socketAdmin: 0o600, socketChannel: 0o660}
 
 // listenAll takes the sockets from systemd, all of them and by name, or binds them.
 func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener, error) {
@@ -36,7 +37,7 @@ func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener
 	if len(passed) > 0 {
 		return takeListeners(passed)
 	}
-	paths := map[string]string{socketDstack: cfg.Sockets.Dstack, socketTappd: cfg.Sockets.Tappd, socketAgent: dir.agentSocket(), socketAdmin: dir.adminSocket()}
+	paths := map[string]string{socketDstack: cfg.Sockets.Dstack, socketTappd: cfg.Sockets.Tappd, socketAgent: dir.agentSocket(), socketAdmin: dir.adminSocket(), socketChannel: dir.channelSocket()}
 	if given {
 		paths[socketDstack], paths[socketTappd] = dir.path("dstack.sock"), dir.path("tappd.sock")
 	}
@@ -57,13 +58,13 @@ func takeListeners(passed map[string][]net.Listener) (map[string]net.Listener, e
 	var problems []error
 	for name, ls := range passed {
 		if _, known := socketModes[name]; !known || len(ls) != 1 {
-			problems = append(problems, fmt.Errorf("systemd passed %d sockets named %q; want one of each of dstack, tappd, agent, admin (FileDescriptorName=)", len(ls), name))
+			problems = append(problems, fmt.Errorf("systemd passed %d sockets named %q; want one of each of dstack, tappd, agent, admin, and perhaps channel (FileDescriptorName=)", len(ls), name))
 			continue
 		}
 		all[name] = ls[0]
 	}
 	for name := range socketModes {
-		if _, ok := passed[name]; !ok {
+		if _, ok := passed[name]; !ok && name != socketChannel {
 			problems = append(problems, fmt.Errorf("systemd passed no socket named %q; start the .socket units", name))
 		}
 	}

@@ -26,8 +26,9 @@ func (d runtimeDir) simulatedRoot() string {
 func (d runtimeDir) simulatedCollateral() string {
 	return d.path("simulated-collateral.json")
 }
-func (d runtimeDir) agentSocket() string { return d.path("agent.sock") }
-func (d runtimeDir) adminSocket() string { return d.path("admin.sock") }
+func (d runtimeDir) agentSocket() string   { return d.path("agent.sock") }
+func (d runtimeDir) adminSocket() string   { return d.path("admin.sock") }
+func (d runtimeDir) channelSocket() string { return d.path("channel.sock") }
 
 // serverRuntimeDir returns the folder for a process that serves or measures, made
 // where that is its business.

@@ -51,7 +51,7 @@ func TestScripts(t *testing.T) {
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
-		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt, "flip": scriptFlip, "waitfor": scriptWaitFor, "post-file": scriptPostFile, "replace-value": scriptReplaceValue},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt, "flip": scriptFlip, "substitute": scriptSubstitute, "waitfor": scriptWaitFor, "post-file": scriptPostFile, "replace-value": scriptReplaceValue},
 	})
 }
 
@@ -122,6 +122,20 @@ func scriptRequest(ts *testscript.TestScript, neg bool, method, socket, path, co
 func scriptCorrupt(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) != 3 || len(args[1]) != len(args[2]) {
 		ts.Fatalf("usage: corrupt FILE OLD NEW")
+	}
+	b, err := os.ReadFile(ts.MkAbs(args[0]))
+	ts.Check(err)
+	if !bytes.Contains(b, []byte(args[1])) {
+		ts.Fatalf("%s does not hold %q", args[0], args[1])
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), bytes.Replace(b, []byte(args[1]), []byte(args[2]), 1), 0o600))
+}
+
+// scriptSubstitute replaces the first occurrence of a string in a file: substitute FILE
+// OLD NEW.
+func scriptSubstitute(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 3 {
+		ts.Fatalf("usage: substitute FILE OLD NEW")
 	}
 	b, err := os.ReadFile(ts.MkAbs(args[0]))
 	ts.Check(err)

@@ -117,6 +117,10 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 	}
 	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])
 	d.start(ctx, group, newHTTPServer(d.adminHandler()), listeners[socketAdmin])
+	if l := listeners[socketChannel]; l != nil {
+		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"channel evidence"}})
+		d.start(ctx, group, newHTTPServer(d.channelHandler()), l)
+	}
 	group.Go(func() error { d.background(ctx); return nil })
 	group.Go(func() error { d.watchdog(ctx); return nil })
 	d.announce(stderr, listeners)

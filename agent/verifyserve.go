@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -46,7 +45,7 @@ There is no TLS and no authorisation: keep it on a loopback address, or behind a
 			if err != nil {
 				return err
 			}
-			l, err := listenVerify(cmd.Context(), listen)
+			l, err := listenAddress(cmd.Context(), listen)
 			if err != nil {
 				return err
 			}
@@ -66,14 +65,6 @@ There is no TLS and no authorisation: keep it on a loopback address, or behind a
 	f.add(cmd)
 	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:8080", "address to listen on, or unix:PATH")
 	return cmd
-}
-
-// listenVerify listens on TCP or a Unix socket.
-func listenVerify(ctx context.Context, address string) (net.Listener, error) {
-	if path, ok := strings.CutPrefix(address, "unix:"); ok {
-		return new(net.ListenConfig).Listen(ctx, "unix", path)
-	}
-	return new(net.ListenConfig).Listen(ctx, "tcp", address)
 }
 
 // serveHTTP serves until ctx ends; requests then have a moment to finish.

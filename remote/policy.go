@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"slices"
 	"time"
 
 	"tdx-agent/measure"
@@ -47,6 +48,11 @@ func (p *Policy) Roots() (*dcap.Roots, error) {
 		}
 	}
 	return dcap.PinnedRoots(pins...)
+}
+
+// Has reports whether there is an entry of this name.
+func (p *Policy) Has(name string) bool {
+	return slices.ContainsFunc(p.Entries, func(e Entry) bool { return e.Name == name })
 }
 
 // Simulated names the entries that trust another root than Intel's.

@@ -31,6 +31,7 @@ func (c *Claims) Skeleton() (string, error) {
 	line("max_collateral_age = \"168h\"\n")
 	line("[[peer]]")
 	line("name = \"peer\"")
+	line("# service = [\"...\"]  # our services that this peer may reach over attested channels")
 	if r := c.Report; r != nil && r.Root != dcap.IntelRoot() {
 		line("root = \"sha256:%x\"  # SIMULATED: proves nothing about hardware\nallow_simulated = true", r.Root)
 	}

@@ -2,6 +2,8 @@ package atls
 
 import (
 	"context"
+	"crypto/tls"
+	"errors"
 	"net"
 	"net/http"
 	"sync"
@@ -115,3 +117,12 @@ func PeerFromContext(ctx context.Context) (*Peer, bool) {
 
 // PeerFromRequest is [PeerFromContext] of a request.
 func PeerFromRequest(r *http.Request) (*Peer, bool) { return PeerFromContext(r.Context()) }
+
+// CloseWrite says that nothing more will be sent. The peer may go on sending.
+func (c *Conn) CloseWrite() error {
+	half, ok := c.Conn.(*tls.Conn)
+	if !ok {
+		return errors.ErrUnsupported
+	}
+	return half.CloseWrite()
+}

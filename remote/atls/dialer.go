@@ -77,6 +77,11 @@ func (d *Dialer) DialContext(ctx context.Context, network, address, service stri
 	if len(entries) == 0 {
 		return nil, errors.New("atls: dial: no policy entry is expected: name those that may accept the peer")
 	}
+	for _, name := range entries {
+		if !d.end.cfg.Verifier.Policy().Has(name) {
+			return nil, fmt.Errorf("atls: dial: the policy has no entry %q: it could accept nobody", name)
+		}
+	}
 	t := d.target(target{address, service})
 	select {
 	case t.turn <- struct{}{}:

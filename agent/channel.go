@@ -1,0 +1,176 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+
+	"tdx-agent/measure"
+	"tdx-agent/remote/atls"
+)
+
+// channel.sock is where the processes that face the network get channel evidence. It
+// takes what binds a TLS session and nothing else: report data and signature are made
+// here, under tdx-atls/1's own tag, so that whoever takes over such a process can pose
+// as this TD on its own connections only.
+
+// loadChannelKey takes the agent key that the boot step has left and measured.
+func (d *daemon) loadChannelKey() error {
+	key, err := loadAgentKey(d.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("agent key: %w", err)
+	}
+	d.channel, err = atls.NewKey(key, func(ctx context.Context, rd measure.ReportData) (*measure.Evidence, error) {
+		return d.attester.Evidence(ctx, rd, "channel") // one caller among the others: no more than its turn
+	}, func(ctx context.Context) (measure.Digest, error) {
+		s, err := d.ledger.Snapshot(ctx)
+		return s.Register, err
+	})
+	return err
+}
+
+// channelRequest is a session that evidence is wanted for.
+type channelRequest struct {
+	Role       string `json:"role"` // "C" or "S"
+	Exporter   []byte `json:"exporter"`
+	Transcript []byte `json:"transcript"`
+	ClientKey  []byte `json:"client_key"`
+	ServerKey  []byte `json:"server_key"`
+	KeyMode    bool   `json:"key_mode"`
+}
+
+// channelReply is a statement about it.
+type channelReply struct {
+	AgentKey  []byte          `json:"agent_key"` // DER
+	RTMR3     measure.Digest  `json:"rtmr3"`
+	Signature []byte          `json:"signature"`
+	Quote     []byte          `json:"quote,omitempty"`
+	EventLog  json.RawMessage `json:"event_log,omitempty"`
+	VMConfig  string          `json:"vm_config,omitempty"`
+}
+
+// channelKeyReply is the hash of the agent key.
+type channelKeyReply struct {
+	AgentKey []byte `json:"agent_key_sha256"`
+}
+
+func (d *daemon) channelHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/key", func(w http.ResponseWriter, _ *http.Request) {
+		if d.channel == nil {
+			replyError(w, errNoAgentKey)
+			return
+		}
+		hash := d.channel.AgentKey()
+		reply(w, http.StatusOK, channelKeyReply{hash[:]})
+	})
+	mux.HandleFunc("POST /v1/attest", func(w http.ResponseWriter, r *http.Request) {
+		answer, err := d.attestChannel(r)
+		if err != nil {
+			d.report(err)
+			replyError(w, err)
+			return
+		}
+		reply(w, http.StatusOK, answer)
+	})
+	return mux
+}
+
+var errNoAgentKey = exitf(exitConfig, "this boot has no agent key, which channels need: the boot step makes and measures it (boot.agent_key)")
+
+func (d *daemon) attestChannel(r *http.Request) (*channelReply, error) {
+	if d.channel == nil {
+		return nil, errNoAgentKey
+	}
+	b, err := readLimited(r.Body, "request", 4<<10)
+	if err != nil {
+		return nil, withExit(exitUsage, err)
+	}
+	var req channelRequest
+	if err := strictJSON(b, &req); err != nil {
+		return nil, withExit(exitUsage, err)
+	}
+	session, err := req.session()
+	if err != nil {
+		return nil, withExit(exitUsage, err)
+	}
+	st, err := d.channel.Attest(r.Context(), session, req.KeyMode)
+	if err != nil {
+		return nil, err
+	}
+	answer := &channelReply{AgentKey: st.AgentKey, RTMR3: st.RTMR3, Signature: st.Signature}
+	if st.Evidence != nil {
+		answer.Quote, answer.VMConfig = st.Evidence.Quote, st.Evidence.VMConfig
+		answer.EventLog, err = measure.FormatEventLog(st.Evidence.Events, true)
+	}
+	return answer, err
+}
+
+func (req *channelRequest) session() (*atls.Session, error) {
+	s := &atls.Session{}
+	if req.Role != string(atls.Client) && req.Role != string(atls.Server) {
+		return nil, fmt.Errorf(`role is %.10q, want "C" or "S"`, req.Role)
+	}
+	s.Role = atls.Role(req.Role[0])
+	for _, f := range []struct {
+		name string
+		got  []byte
+		into *[32]byte
+	}{{"exporter", req.Exporter, &s.Exporter}, {"transcript", req.Transcript, &s.Transcript}, {"client_key", req.ClientKey, &s.ClientKey}, {"server_key", req.ServerKey, &s.ServerKey}} {
+		if len(f.got) != len(f.into) {
+			return nil, fmt.Errorf("%s has %d bytes, want %d", f.name, len(f.got), len(f.into))
+		}
+		*f.into = [32]byte(f.got)
+	}
+	return s, nil
+}
+
+// channelAttester asks the agent of this TD for channel evidence. It implements
+// atls.Attester.
+type channelAttester struct {
+	socket string
+	key    [32]byte
+}
+
+func newChannelAttester(ctx context.Context, dir runtimeDir) (*channelAttester, error) {
+	var answer channelKeyReply
+	if err := callJSON(ctx, dir.channelSocket(), "/v1/key", &answer); err != nil {
+		return nil, err
+	}
+	if len(answer.AgentKey) != 32 {
+		return nil, fmt.Errorf("the agent's key has a hash of %d bytes, want 32", len(answer.AgentKey))
+	}
+	return &channelAttester{dir.channelSocket(), [32]byte(answer.AgentKey)}, nil
+}
+
+// AgentKey implements atls.Attester.
+func (a *channelAttester) AgentKey() [32]byte { return a.key }
+
+// Attest implements atls.Attester.
+func (a *channelAttester) Attest(ctx context.Context, s *atls.Session, keyMode bool) (*atls.Statement, error) {
+	body, err := json.Marshal(channelRequest{Role: string(s.Role), Exporter: s.Exporter[:], Transcript: s.Transcript[:], ClientKey: s.ClientKey[:], ServerKey: s.ServerKey[:], KeyMode: keyMode})
+	if err != nil {
+		return nil, err
+	}
+	b, err := call(ctx, a.socket, http.MethodPost, "/v1/attest", body)
+	if err != nil {
+		return nil, err
+	}
+	var answer channelReply
+	if err := json.Unmarshal(b, &answer); err != nil {
+		return nil, fmt.Errorf("the agent's answer: %w", err)
+	}
+	st := &atls.Statement{AgentKey: answer.AgentKey, RTMR3: answer.RTMR3, Signature: answer.Signature}
+	if keyMode {
+		return st, nil
+	}
+	events, err := measure.ParseEventLog(answer.EventLog)
+	st.Evidence = &measure.Evidence{Quote: answer.Quote, Events: events, VMConfig: answer.VMConfig}
+	return st, err
+}

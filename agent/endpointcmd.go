@@ -1,0 +1,300 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"tdx-agent/remote/atls"
+	"tdx-agent/remote/dcap"
+	"tdx-agent/remote/forward"
+)
+
+// channelFlags are what both ends of channels need.
+type channelFlags struct {
+	verifierFlags
+	keyTTL time.Duration
+}
+
+func (f *channelFlags) add(cmd *cobra.Command) {
+	f.verifierFlags.add(cmd)
+	cmd.Flags().DurationVar(&f.keyTTL, "key-ttl", 0, "how long a peer may use its measured key instead of a quote, where the policy says require = \"key\"")
+}
+
+// config makes the common part of an end. The policy is required: the built-in one
+// pins no application.
+func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger, isAttested bool) (cfg atls.Config, refresh func(context.Context) error, err error) {
+	if f.policy == "" {
+		return cfg, nil, exitf(exitUsage, "give --policy: it says which peers are accepted")
+	}
+	v, store, err := f.verifier(ctx, log)
+	if err != nil {
+		return cfg, nil, err
+	}
+	cfg = atls.Config{Verifier: v, KeyTTL: f.keyTTL, Observe: func(h atls.Handshake) { logHandshake(log, h) }}
+	if isAttested {
+		dir, err := clientRuntimeDir(g.runtimeDir)
+		if err != nil {
+			return cfg, nil, err
+		}
+		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		attester, err := newChannelAttester(ctx, dir)
+		if err != nil {
+			return cfg, nil, err
+		}
+		cfg.Attester = attester
+	}
+	return cfg, store.Run, nil
+}
+
+func logHandshake(log *slog.Logger, h atls.Handshake) {
+	args := []any{"remote", h.Remote, "service", h.Service, "ref", h.Ref, "entry", h.Entry, "key_mode", h.KeyMode, "took", h.Duration.Round(time.Microsecond)}
+	if h.Code == atls.CodeOK {
+		log.Info("channel", args...)
+		return
+	}
+	log.Warn("no channel", append(args, "step", string(h.Step), "code", string(h.Code), "error", h.Err)...)
+}
+
+func newEndpoint(g *globals) *cobra.Command {
+	var f channelFlags
+	var listen string
+	var services, unattested []string
+	cmd := &cobra.Command{
+		Use:   "endpoint",
+		Short: "Accept attested channels from peers and connect them with local services",
+		Long: `Accept attested channels (tdx-atls/1) and connect each with the local service that its
+peer asks for, if an entry of the policy accepts the peer for that service. It holds no
+keys: it asks the running agent for evidence, over channel.sock.`,
+		Example: "  tdx-agent endpoint --listen :8443 --policy policy.toml --service jobs=127.0.0.1:8080",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			targets, err := parseServices(services)
+			if err != nil {
+				return err
+			}
+			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
+			cfg, refresh, err := f.config(cmd.Context(), g, log, true)
+			if err != nil {
+				return err
+			}
+			lc := atls.ListenerConfig{Config: cfg, Unattested: unattested}
+			for name := range targets {
+				lc.Services = append(lc.Services, name)
+			}
+			for _, name := range unattested {
+				if _, ok := targets[name]; !ok {
+					return exitf(exitUsage, "--allow-unattested-clients %s: there is no such --service", name)
+				}
+				log.Warn("clients of this service prove nothing", "service", name)
+			}
+			inner, err := listenAddress(cmd.Context(), listen)
+			if err != nil {
+				return err
+			}
+			l, err := atls.NewListener(inner, lc)
+			if err != nil {
+				inner.Close()
+				return err
+			}
+			log.Info("listening", "address", inner.Addr().String(), "services", lc.Services, "policy", cfg.Verifier.Policy().ID)
+			group, ctx := errgroup.WithContext(cmd.Context())
+			group.Go(func() error { return refresh(ctx) })
+			group.Go(func() error {
+				return forward.Inbound(ctx, l, log, func(ctx context.Context, peer *atls.Peer) (net.Conn, error) {
+					return dialAddress(ctx, targets[peer.Service])
+				})
+			})
+			return endGroup(cmd.Context(), group)
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:8443", "address to listen on, or unix:PATH")
+	cmd.Flags().StringArrayVar(&services, "service", nil, "NAME=ADDRESS: a service that peers may ask for, and where it listens (HOST:PORT or unix:PATH)")
+	cmd.Flags().StringArrayVar(&unattested, "allow-unattested-clients", nil, "name of a service that takes clients which prove nothing")
+	return cmd
+}
+
+// endGroup is the end of a command that runs until it is stopped.
+func endGroup(ctx context.Context, group *errgroup.Group) error {
+	if err := group.Wait(); ctx.Err() == nil {
+		return err
+	}
+	return nil
+}
+
+func parseServices(list []string) (map[string]string, error) {
+	targets := map[string]string{}
+	for _, s := range list {
+		name, address, ok := strings.Cut(s, "=")
+		if !ok || name == "" || address == "" || targets[name] != "" {
+			return nil, exitf(exitUsage, "--service is %q, want NAME=HOST:PORT or NAME=unix:PATH, each name once", s)
+		}
+		targets[name] = address
+	}
+	if len(targets) == 0 {
+		return nil, exitf(exitUsage, "give --service NAME=ADDRESS: what peers may reach")
+	}
+	return targets, nil
+}
+
+// listenAddress listens on TCP, or on a Unix socket for this user.
+func listenAddress(ctx context.Context, address string) (net.Listener, error) {
+	if path, ok := strings.CutPrefix(address, "unix:"); ok {
+		return listenUnix(path, 0o600)
+	}
+	return new(net.ListenConfig).Listen(ctx, "tcp", address)
+}
+
+func dialAddress(ctx context.Context, address string) (net.Conn, error) {
+	if path, ok := strings.CutPrefix(address, "unix:"); ok {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}
+	return new(net.Dialer).DialContext(ctx, "tcp", address)
+}
+
+// dialFlags say whom to dial.
+type dialFlags struct {
+	channelFlags
+	service    string
+	expect     []string
+	unattested bool
+}
+
+func (f *dialFlags) add(cmd *cobra.Command) {
+	f.channelFlags.add(cmd)
+	cmd.Flags().StringVar(&f.service, "service", "", "name of the service at the peer")
+	cmd.Flags().StringArrayVar(&f.expect, "expect", nil, "policy entry that may accept the peer (required: addresses prove nothing)")
+	cmd.Flags().BoolVar(&f.unattested, "unattested", false, "prove nothing ourselves, as from a machine that is no TD: only for services that allow it")
+}
+
+func (f *dialFlags) dialer(cmd *cobra.Command, g *globals, log *slog.Logger) (*atls.Dialer, func(context.Context) error, error) {
+	if f.service == "" || len(f.expect) == 0 {
+		return nil, nil, exitf(exitUsage, "give --service and --expect: the service at the peer, and the policy entry that may accept it")
+	}
+	cfg, refresh, err := f.config(cmd.Context(), g, log, !f.unattested)
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := atls.NewDialer(cfg, func(ctx context.Context, _, address string) (net.Conn, error) { return dialAddress(ctx, address) })
+	return d, refresh, err
+}
+
+// channelExit gives a handshake's failure its exit status.
+func channelExit(err error) error {
+	e, ok := errors.AsType[*atls.Error](err)
+	if !ok {
+		return err
+	}
+	switch e.Code {
+	case atls.CodePolicyDenied, atls.CodeCollateralUnavailable:
+		return withExit(exitPolicy, err)
+	case atls.CodeEvidenceInvalid, atls.CodeBindingMismatch:
+		return withExit(exitEvidence, err)
+	case atls.CodeBusy:
+		return withExit(exitThrottled, err)
+	case atls.CodeTimeout:
+		return withExit(exitTimeout, err)
+	}
+	return err
+}
+
+func newConnect(g *globals) *cobra.Command {
+	var f dialFlags
+	var listen string
+	cmd := &cobra.Command{
+		Use:   "connect ADDRESS",
+		Short: "Open attested channels to a peer's service, for a local socket or this terminal",
+		Long: `Open an attested channel to a service of the peer at ADDRESS (HOST:PORT or unix:PATH)
+for each connection to a local socket, or with standard input and output.`,
+		Example: `  tdx-agent connect --policy policy.toml --expect worker --service jobs --listen unix:/run/jobs.sock 10.0.0.2:8443
+  echo hello | tdx-agent connect --policy policy.toml --expect worker --service echo 10.0.0.2:8443`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			log := warnings(cmd.ErrOrStderr())
+			d, refresh, err := f.dialer(cmd, g, log)
+			if err != nil {
+				return err
+			}
+			dial := func(ctx context.Context) (net.Conn, error) {
+				return d.DialContext(ctx, "tcp", args[0], f.service, f.expect)
+			}
+			if listen == "" {
+				c, err := dial(cmd.Context())
+				if err != nil {
+					return channelExit(err)
+				}
+				peer, _ := atls.PeerFromConn(c)
+				fmt.Fprintf(cmd.ErrOrStderr(), "%sconnected to %q, ref %s\n", banner(isSimulated(peer)), peer.Entry(), peer.Ref)
+				return forward.Pipe(cmd.Context(), c, cmd.InOrStdin(), cmd.OutOrStdout())
+			}
+			l, err := listenAddress(cmd.Context(), listen)
+			if err != nil {
+				return err
+			}
+			group, ctx := errgroup.WithContext(cmd.Context())
+			group.Go(func() error { return refresh(ctx) })
+			group.Go(func() error { return forward.Outbound(ctx, l, log, dial) })
+			return endGroup(cmd.Context(), group)
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().StringVar(&listen, "listen", "", "local socket to serve: unix:PATH, or HOST:PORT, which every container with the host's network can reach")
+	return cmd
+}
+
+func newFetch(g *globals) *cobra.Command {
+	var f dialFlags
+	cmd := &cobra.Command{
+		Use:     "fetch URL",
+		Short:   "Get an http URL over an attested channel",
+		Example: "  tdx-agent fetch --policy policy.toml --expect worker --service web http://10.0.0.2:8443/status",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if !strings.HasPrefix(args[0], "http://") {
+				return exitf(exitUsage, "URL is %q, want http://HOST:PORT/PATH: the attested channel is below HTTP", args[0])
+			}
+			d, _, err := f.dialer(cmd, g, warnings(cmd.ErrOrStderr()))
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), verifyTimeout)
+			defer cancel()
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, args[0], nil)
+			if err != nil {
+				return withExit(exitUsage, err)
+			}
+			transport := atls.NewTransport(d, f.service, f.expect)
+			defer transport.CloseIdleConnections()
+			resp, err := transport.RoundTrip(req) // no redirect: another host may be another service
+			if err != nil {
+				return channelExit(err)
+			}
+			defer resp.Body.Close()
+			if _, err := io.Copy(cmd.OutOrStdout(), resp.Body); err != nil {
+				return err
+			}
+			if resp.StatusCode != http.StatusOK {
+				return fmt.Errorf("the peer answers %s", resp.Status)
+			}
+			return nil
+		},
+	}
+	f.add(cmd)
+	return cmd
+}
+
+// isSimulated reports whether the peer's quote ends in another root than Intel's.
+func isSimulated(p *atls.Peer) bool {
+	return p.Result != nil && p.Result.Claims.Report != nil && p.Result.Claims.Report.Root != dcap.IntelRoot()
+}

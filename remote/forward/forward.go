@@ -1,0 +1,120 @@
+// Package forward carries bytes between attested channels and local services, so that
+// applications need no TLS code: a local socket in, a local socket out.
+//
+// [Inbound] connects peers to the local service that they were accepted for; [Outbound]
+// opens a channel for each local connection. Both end with their context, and with
+// the channel's session: when it drains, no new bytes are waited for.
+package forward
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"tdx-agent/remote/atls"
+)
+
+// dialTimeout bounds a connection to a local service.
+const dialTimeout = 5 * time.Second
+
+// Inbound accepts channels until ctx ends, and connects each with what dial opens for
+// its service. It closes l.
+func Inbound(ctx context.Context, l *atls.Listener, log *slog.Logger, dial func(ctx context.Context, peer *atls.Peer) (net.Conn, error)) error {
+	return each(ctx, l, func(c net.Conn) {
+		peer, _ := atls.PeerFromConn(c)
+		dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
+		local, err := dial(dialCtx, peer)
+		cancel()
+		if err != nil {
+			log.Warn("the local service does not answer", "service", peer.Service, "ref", peer.Ref, "error", err)
+			return
+		}
+		join(ctx, c, local)
+	})
+}
+
+// Outbound accepts local connections until ctx ends, and connects each with a channel
+// of its own that dial opens. It closes l.
+func Outbound(ctx context.Context, l net.Listener, log *slog.Logger, dial func(context.Context) (net.Conn, error)) error {
+	return each(ctx, l, func(local net.Conn) {
+		c, err := dial(ctx)
+		if err != nil {
+			log.Warn("no channel", "error", err)
+			return
+		}
+		join(ctx, local, c)
+	})
+}
+
+// maxConnections bounds what one Inbound or Outbound carries at once. More wait in
+// the listener's queue.
+const maxConnections = 1024
+
+// each runs serve for each connection, and closes it after that.
+func each(ctx context.Context, l net.Listener, serve func(net.Conn)) error {
+	var group sync.WaitGroup
+	defer group.Wait()
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+	slots := make(chan struct{}, maxConnections)
+	for {
+		select {
+		case slots <- struct{}{}:
+		case <-ctx.Done():
+			return nil
+		}
+		c, err := l.Accept()
+		if err != nil {
+			l.Close()
+			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+				return nil
+			}
+			return err
+		}
+		group.Go(func() {
+			defer func() { <-slots }()
+			defer c.Close()
+			serve(c)
+		})
+	}
+}
+
+// join copies both ways until both ends are done, ctx ends, or one way fails. It closes
+// b; a is the caller's.
+func join(ctx context.Context, a, b net.Conn) {
+	defer b.Close()
+	defer context.AfterFunc(ctx, func() { a.Close(); b.Close() })()
+	var group sync.WaitGroup
+	for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
+		group.Go(func() {
+			from, to := way[0], way[1]
+			if _, err := io.Copy(to, from); err != nil || !closeWrite(to) {
+				from.Close()
+				to.Close()
+			}
+		})
+	}
+	group.Wait()
+}
+
+// closeWrite ends one direction, where the connection has two.
+func closeWrite(c net.Conn) bool {
+	half, ok := c.(interface{ CloseWrite() error })
+	return ok && half.CloseWrite() == nil
+}
+
+// Pipe connects a channel with a reader and a writer, as standard input and output are,
+// until the channel ends. It closes the channel. A read that is under way then may go on.
+func Pipe(ctx context.Context, c net.Conn, in io.Reader, out io.Writer) error {
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	go func() { // ends with in, or with the process: a read of standard input cannot be ended
+		io.Copy(c, in)
+		closeWrite(c)
+	}()
+	_, err := io.Copy(out, c)
+	return err
+}
