@@ -33,6 +33,7 @@ func (e *Entry) judgeHardware(s *sheet, c *Claims) {
 		}
 		s.fail(Hardware, "signature", err.Code, err.Got, err.Want, strings.TrimSuffix(hint, "; "))
 		s.skip(Hardware, "root", "the quote is not genuine")
+		s.isForged = true
 		return
 	}
 	s.check(Hardware, "signature", true, func() (string, string, string) {
@@ -96,8 +97,8 @@ func (e *Entry) judgeTCB(s *sheet, c *Claims, at time.Time) {
 	e.optional(s, TCB, "collateral_age", "max_collateral_age", !t.AllowAnyCollateralAge, func() bool { return at.Sub(r.CollateralIssued) <= t.MaxCollateralAge }, func() (string, string, string) {
 		return "issued " + stamp(r.CollateralIssued), fmt.Sprintf("at most %v before %s", t.MaxCollateralAge, stamp(at)), "fetch newer collateral"
 	})
-	s.check(TCB, "collateral_stale", r.StaleSince.IsZero() || t.AllowStaleCollateral, func() (string, string, string) {
-		return "ended " + stamp(r.StaleSince), "collateral within its time", "fetch newer collateral"
+	s.check(TCB, "collateral_stale", t.acceptsEnd(r, at), func() (string, string, string) {
+		return "ended " + stamp(r.CollateralUntil), "collateral within its time", "fetch newer collateral"
 	})
 	e.optional(s, TCB, "fmspc", "fmspc", len(t.FMSPC)+len(t.FMSPCDeny) > 0, func() bool {
 		return (len(t.FMSPC) == 0 || oneOf(t.FMSPC, r.PCK.FMSPC[:])) && !oneOf(t.FMSPCDeny, r.PCK.FMSPC[:])
@@ -123,17 +124,26 @@ func (e *Entry) failCollateral(s *sheet, err error) {
 	s.fail(TCB, "collateral", code, fmt.Sprint(err), "complete and current collateral", hint)
 }
 
+// acceptsEnd judges whether the collateral had ended, before the quote was judged by it
+// or since then: old claims are judged again.
+func (t *Terms) acceptsEnd(r *dcap.Report, at time.Time) bool {
+	if r.StaleSince.IsZero() && !at.After(r.CollateralUntil) {
+		return true
+	}
+	return t.AllowStaleCollateral && !at.After(r.CollateralUntil.Add(dcap.MaxStaleGrace))
+}
+
 func (t *Terms) acceptsStatus(r *dcap.Report, at time.Time) bool {
 	if slices.Contains(t.TCBStatus, r.Merged.Status) {
 		return true
 	}
 	// Not with a clock before the date: then the grace would not have begun.
-	return r.Merged.Status == dcap.OutOfDate && t.TCBGrace > 0 && !at.After(r.NewestTCBDate.Add(t.TCBGrace))
+	return r.Merged.Status == dcap.OutOfDate && t.TCBGrace > 0 && !at.Before(r.NewestTCBDate) && !at.After(r.NewestTCBDate.Add(t.TCBGrace))
 }
 
 func (t *Terms) acceptsAdvisories(ids []string) bool {
 	for _, id := range ids {
-		if slices.Contains(t.AdvisoriesDeny, id) || !t.AllowAnyAdvisory && !slices.Contains(t.AdvisoriesAllow, id) {
+		if slices.ContainsFunc(t.AdvisoriesDeny, func(denied string) bool { return strings.EqualFold(denied, id) }) || !t.AllowAnyAdvisory && !slices.Contains(t.AdvisoriesAllow, id) {
 			return false
 		}
 	}

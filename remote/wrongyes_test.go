@@ -2,10 +2,14 @@ package remote_test
 
 import (
 	"context"
+	"errors"
 	"testing"
+	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/measure/tdxsim"
+	"tdx-agent/remote"
+	"tdx-agent/remote/dcap"
 )
 
 // TestHiddenBoot has an application that measures the boot of another behind its own,
@@ -20,4 +24,95 @@ func TestHiddenBoot(t *testing.T) {
 	}
 	_, err := v.Appraise(context.Background(), ev, anyData)
 	wantRefused(t, err, "identity", "identity_events", false)
+}
+
+// TestForgedPassesNothing has a quote that says what the policy wants, and is forged.
+func TestForgedPassesNothing(t *testing.T) {
+	a := newAttester(t, tdxsim.Config{}, nil)
+	v := newVerifier(t, parsePolicy(t, a.policyText(t, "", "", "")), a.bundle)
+	ev := a.evidence(t, measure.ReportData{})
+	ev.Quote[len(measureQuote(t, ev.Quote).Signed)+4] ^= 1 // the signature
+	_, err := v.Appraise(context.Background(), ev, remote.Expect{})
+	wantRefused(t, err, "signature", "quote_signature", false)
+	rejection, _ := errors.AsType[*remote.Rejection](err)
+	for _, c := range rejection.Result.Checks {
+		if c.Outcome == remote.Passed {
+			t.Errorf("%s passed", c.Name)
+		}
+	}
+	for _, e := range rejection.Result.Explain() {
+		for _, c := range e.Checks {
+			if c.Outcome == remote.Passed {
+				t.Errorf("%s is explained as passed", c.Name)
+			}
+		}
+	}
+}
+
+func measureQuote(t *testing.T, b []byte) *measure.Quote {
+	t.Helper()
+	q, err := measure.ParseQuote(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return q
+}
+
+// TestBuiltinSimulated trusts a simulator's root beside Intel's, in either order.
+func TestBuiltinSimulated(t *testing.T) {
+	for _, roots := range [][][32]byte{{dcap.IntelRoot(), {1}}, {{1}, dcap.IntelRoot()}} {
+		if p := remote.BuiltinPolicy(roots...); len(p.Simulated()) != 1 {
+			t.Errorf("%x: simulated entries are %q", roots, p.Simulated())
+		}
+	}
+	if p := remote.BuiltinPolicy(); len(p.Simulated()) != 0 {
+		t.Errorf("Intel's root alone: simulated entries are %q", p.Simulated())
+	}
+}
+
+// TestReappraiseEnds judges kept claims when the collateral that proved them has ended.
+func TestReappraiseEnds(t *testing.T) {
+	a := newAttester(t, tdxsim.Config{}, nil)
+	now := testTime
+	clock := func() time.Time { return now }
+	for defaults, grace := range map[string]time.Duration{"allow_any_collateral_age = true": 0, "allow_any_collateral_age = true\nallow_stale_collateral = true": dcap.MaxStaleGrace} {
+		now = testTime
+		p := parsePolicy(t, a.policyText(t, "", defaults, ""))
+		v, err := remote.NewVerifier(remote.Config{Policy: p, Collateral: newStore(t, p, a.bundle, clock), Now: clock})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := v.Appraise(context.Background(), a.evidence(t, measure.ReportData{}), anyData)
+		if err != nil {
+			t.Fatal(err)
+		}
+		now = r.Claims.Report.CollateralUntil.Add(grace)
+		if _, err := v.Reappraise(r.Claims, anyData); err != nil {
+			t.Errorf("%s: at its end: %v", defaults, err)
+		}
+		now = now.Add(time.Second)
+		_, err = v.Reappraise(r.Claims, anyData)
+		wantRefused(t, err, "collateral_stale", "collateral_stale", true)
+	}
+}
+
+// TestGraceHasBegun refuses a grace of a date that is still to come.
+func TestGraceHasBegun(t *testing.T) {
+	a := newAttester(t, tdxsim.Config{TCBStatus: "OutOfDate"}, nil)
+	v := newVerifier(t, parsePolicy(t, a.policyText(t, "", `tcb_grace = "5000h"`, "")), a.bundle)
+	r, err := v.Appraise(context.Background(), a.evidence(t, measure.ReportData{}), anyData)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Claims.Report.NewestTCBDate = testTime.Add(time.Second)
+	_, err = v.Reappraise(r.Claims, anyData)
+	wantRefused(t, err, "tcb_status", "tcb_status", true)
+}
+
+// TestDeniedAdvisoryOfAnyCase denies an advisory whose letters the policy writes small.
+func TestDeniedAdvisoryOfAnyCase(t *testing.T) {
+	a := newAttester(t, tdxsim.Config{TCBStatus: "SWHardeningNeeded", Advisories: []string{"INTEL-SA-1"}}, nil)
+	v := newVerifier(t, parsePolicy(t, a.policyText(t, "", "tcb_status = [\"SWHardeningNeeded\"]\nallow_any_advisory = true\nadvisories_deny = [\"intel-sa-1\"]", "")), a.bundle)
+	_, err := v.Appraise(context.Background(), a.evidence(t, measure.ReportData{}), anyData)
+	wantRefused(t, err, "advisories", "advisories", true)
 }
