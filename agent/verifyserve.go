@@ -41,6 +41,9 @@ There is no TLS and no authorisation: keep it on a loopback address, or behind a
 			if f.policy == "" {
 				return exitf(exitUsage, "verify serve needs --policy")
 			}
+			if f.at != "" {
+				return exitf(exitUsage, "verify serve judges at the time of each request: --at is for verify")
+			}
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
 			v, store, err := f.verifier(log)
 			if err != nil {
