@@ -278,6 +278,10 @@ func (e *Entry) judgeBootLog(s *sheet, c *Claims) {
 	case c.Covered == [4]bool{measure.RTMR3: true}:
 		s.skip(Boot, "boot_log", "the log was cut: it explains RTMR3 alone")
 	default:
+		if cut := c.cut(); cut != "" && c.replays() {
+			s.skip(Boot, "boot_log", "the log was cut: it does not explain "+cut)
+			return
+		}
 		judgeReplay(s, Boot, "boot_log", c, 0, 3)
 	}
 }
@@ -294,7 +298,11 @@ func judgeReplay(s *sheet, q Question, name string, c *Claims, from, to int) {
 		if wrong < 0 {
 			return "the log replays to the quote's registers", "", ""
 		}
-		return fmt.Sprintf("RTMR%d %s in the quote", wrong, c.Quote.Body.RTMR[wrong]), fmt.Sprintf("%s, what the log replays to", c.Replayed[wrong]), "quote and log are not of one moment of one machine, or the log was changed"
+		hint := "quote and log are not of one moment of one machine, or the log was changed"
+		if c.Replayed[wrong].IsZero() {
+			hint = "the log has no event of that register: a CCEL has none of RTMR3, which dstack's log has"
+		}
+		return fmt.Sprintf("RTMR%d %s in the quote", wrong, c.Quote.Body.RTMR[wrong]), fmt.Sprintf("%s, what the log replays to", c.Replayed[wrong]), hint
 	})
 }
 

@@ -3,6 +3,9 @@ package remote_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -115,4 +118,71 @@ func TestDeniedAdvisoryOfAnyCase(t *testing.T) {
 	v := newVerifier(t, parsePolicy(t, a.policyText(t, "", "tcb_status = [\"SWHardeningNeeded\"]\nallow_any_advisory = true\nadvisories_deny = [\"intel-sa-1\"]", "")), a.bundle)
 	_, err := v.Appraise(context.Background(), a.evidence(t, measure.ReportData{}), anyData)
 	wantRefused(t, err, "advisories", "advisories", true)
+}
+
+// TestPartialBootLog leaves out every event of a register: what is left replays.
+func TestPartialBootLog(t *testing.T) {
+	a := newAttester(t, tdxsim.Config{}, nil)
+	v := newVerifier(t, parsePolicy(t, a.policyText(t, "", "", "")), a.bundle)
+	ev := a.evidence(t, measure.ReportData{})
+	ev.Events = slices.DeleteFunc(ev.Events, func(e measure.Event) bool { return e.IMR == 2 })
+	r, err := v.Appraise(context.Background(), ev, anyData)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range r.Unchecked() {
+		if c.Name == "boot_log" && strings.Contains(c.Hint, "RTMR2") {
+			return
+		}
+	}
+	t.Errorf("boot_log is %v, want not checked: nothing explains RTMR2", outcome(r, "boot_log"))
+}
+
+// TestMRConfigGiven compares a document that is given, and does not pass it over where
+// there is nothing to compare it with.
+func TestMRConfigGiven(t *testing.T) {
+	document := fmt.Sprintf(`{"version":3,"compose_hash":"%x","key_provider":"kms","key_provider_id":"010203"}`, composeHash())
+	for _, tc := range []struct {
+		name     string
+		id       measure.Digest
+		document string
+		noLog    bool
+		want     remote.Outcome
+	}{
+		{"the document", measure.MRConfigIDV3(document), document, false, remote.Passed},
+		{"no document", measure.MRConfigIDV3(document), "", false, remote.NotChecked},
+		{"another document", measure.MRConfigIDV3(document), document + " ", false, remote.Failed},
+		{"a TD without", measure.Digest{}, document, false, remote.Failed},
+		{"a TD by its compose hash", measure.MRConfigIDV1([32]byte(composeHash())), document, false, remote.Failed},
+		{"no log", measure.MRConfigIDV3(document), document, true, remote.Failed},
+	} {
+		a := newAttester(t, tdxsim.Config{MRConfigID: tc.id}, nil)
+		v := newVerifier(t, remote.BuiltinPolicy(a.root), a.bundle)
+		ev := a.evidence(t, measure.ReportData{})
+		if tc.noLog {
+			ev.Events = nil
+		}
+		r, err := v.Appraise(context.Background(), ev, remote.Expect{AnyReportData: true, MRConfig: tc.document})
+		if rejection, ok := errors.AsType[*remote.Rejection](err); ok {
+			r = rejection.Result
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if got := outcome(r, "mr_config_id"); got != tc.want || r.Accepted != (tc.want != remote.Failed) {
+			t.Errorf("%s: got %v, want %v (%v)", tc.name, got, tc.want, err)
+		}
+	}
+}
+
+// TestBootLogAlone has a CCEL and no runtime events, and says what is missing.
+func TestBootLogAlone(t *testing.T) {
+	a := newAttester(t, tdxsim.Config{}, nil)
+	v := newVerifier(t, parsePolicy(t, a.policyText(t, "", "", "")), a.bundle)
+	ev := a.evidence(t, measure.ReportData{})
+	ev.Events = slices.DeleteFunc(ev.Events, func(e measure.Event) bool { return e.IMR == measure.RTMR3 })
+	_, err := v.Appraise(context.Background(), ev, anyData)
+	wantRefused(t, err, "event_log", "event_log", false)
+	if !strings.Contains(err.Error(), "a CCEL has none of RTMR3") {
+		t.Errorf("got %v", err)
+	}
 }
