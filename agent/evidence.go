@@ -80,16 +80,24 @@ func (f *evidenceFlags) override(ev *measure.Evidence) error {
 	return nil
 }
 
+// readInput reads a file, or standard input. One that is too large is no evidence.
 func readInput(path string) ([]byte, error) {
-	if path == "-" {
-		return readLimited(os.Stdin, "standard input", maxEvidence)
+	in := os.Stdin
+	if path != "-" {
+		f, err := os.Open(path)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		in = f
+	} else {
+		path = "standard input"
 	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
+	b, err := readLimited(in, path, maxEvidence)
+	if len(b) > maxEvidence {
+		err = withExit(exitEvidence, err)
 	}
-	defer f.Close()
-	return readLimited(io.Reader(f), path, maxEvidence)
+	return b, err
 }
 
 // parseEvidence finds a quote, and with it an event log and a vm_config, in a file of
@@ -106,17 +114,56 @@ func parseEvidence(b []byte) (*measure.Evidence, error) {
 		quote, err := byteArray(text)
 		return &measure.Evidence{Quote: quote}, err
 	}
-	return &measure.Evidence{Quote: unhexIfText(b)}, nil
+	quote, err := unhexIfText(b)
+	return &measure.Evidence{Quote: quote}, err
 }
 
-// unhexIfText decodes hexadecimal digits, and leaves what is none as it is: a binary
-// quote starts with a byte that is no digit.
-func unhexIfText(b []byte) []byte {
-	text := bytes.TrimPrefix(bytes.TrimSpace(b), []byte("0x"))
-	if quote, err := hex.DecodeString(string(text)); err == nil {
-		return quote
+// unhexIfText decodes hexadecimal digits, and leaves binary data as they are. No quote
+// and no attestation is text by chance: both have zeros among their first bytes.
+func unhexIfText(b []byte) ([]byte, error) {
+	isBinary := func(r rune) bool { return r < ' ' && r != '\n' && r != '\r' && r != '\t' || r > '~' }
+	if bytes.ContainsFunc(b, isBinary) {
+		return b, nil
 	}
-	return b
+	decoded, err := hexText(string(bytes.TrimSpace(b)))
+	if err != nil {
+		return nil, fmt.Errorf("text that is not hexadecimal, %v; want one line of digits, JSON or binary data", err)
+	}
+	return decoded, nil
+}
+
+// object reads a JSON object. A member that is there twice is an error, since other
+// readers of the same file may take the other one.
+func object(text []byte) (map[string]json.RawMessage, error) {
+	d := json.NewDecoder(bytes.NewReader(text))
+	if open, err := d.Token(); err != nil {
+		return nil, err
+	} else if open != json.Delim('{') {
+		return nil, errors.New("no JSON object")
+	}
+	doc := map[string]json.RawMessage{}
+	for d.More() {
+		token, err := d.Token()
+		if err != nil {
+			return nil, err
+		}
+		var value json.RawMessage
+		if err := d.Decode(&value); err != nil {
+			return nil, err
+		}
+		name, _ := token.(string)
+		if _, isTwice := doc[name]; isTwice {
+			return nil, fmt.Errorf("member %.80q is there twice", name)
+		}
+		doc[name] = value
+	}
+	if _, err := d.Token(); err != nil {
+		return nil, err
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, errors.New("something follows the JSON object")
+	}
+	return doc, nil
 }
 
 func byteArray(text []byte) ([]byte, error) {
@@ -137,8 +184,8 @@ type uint8Number uint8
 // evidenceOf reads an answer of GetQuote, or a report of an application that carries
 // quote and log under one of the names in use.
 func evidenceOf(text []byte) (*measure.Evidence, error) {
-	var doc map[string]json.RawMessage
-	if err := json.Unmarshal(text, &doc); err != nil {
+	doc, err := object(text)
+	if err != nil {
 		return nil, fmt.Errorf("%v; want an answer of GetQuote", err)
 	}
 	if azure, ok := doc["td_quote"]; ok {
@@ -147,7 +194,10 @@ func evidenceOf(text []byte) (*measure.Evidence, error) {
 			return nil, fmt.Errorf("td_quote: %v", err)
 		}
 		quote, err := base64.URLEncoding.DecodeString(s)
-		return &measure.Evidence{Quote: quote}, err
+		if err != nil {
+			return nil, fmt.Errorf("td_quote: %v", err)
+		}
+		return &measure.Evidence{Quote: quote}, nil
 	}
 	raw := either(doc, "quote", "intel_quote")
 	if raw == nil {
@@ -175,11 +225,14 @@ func evidenceOf(text []byte) (*measure.Evidence, error) {
 }
 
 func hexString(raw json.RawMessage) ([]byte, error) {
-	var s string
+	var s *string
 	if err := json.Unmarshal(raw, &s); err != nil {
 		return nil, err
 	}
-	return hexText(s)
+	if s == nil {
+		return nil, errors.New("got null, want hexadecimal digits")
+	}
+	return hexText(*s)
 }
 
 func hexText(s string) ([]byte, error) { return hex.DecodeString(strings.TrimPrefix(s, "0x")) }
@@ -196,16 +249,23 @@ func either(doc map[string]json.RawMessage, names ...string) json.RawMessage {
 // parseAttestation reads a versioned attestation.
 func parseAttestation(b []byte) (*measure.Evidence, error) {
 	if text := bytes.TrimSpace(b); len(text) > 0 && text[0] == '{' {
-		var doc map[string]json.RawMessage
-		if err := json.Unmarshal(text, &doc); err != nil {
+		doc, err := object(text)
+		if err != nil {
 			return nil, fmt.Errorf("%v; want an answer of Attest", err)
 		}
-		var err error
+		if doc["attestation"] == nil {
+			return nil, errors.New("no attestation in it; want an answer of Attest")
+		}
 		if b, err = hexString(doc["attestation"]); err != nil {
 			return nil, fmt.Errorf("attestation: %v", err)
 		}
+	} else {
+		var err error
+		if b, err = unhexIfText(b); err != nil {
+			return nil, err
+		}
 	}
-	a, err := measure.ParseAttestation(unhexIfText(b))
+	a, err := measure.ParseAttestation(b)
 	if err != nil {
 		return nil, err
 	}
@@ -222,8 +282,8 @@ func parseEvents(b []byte) ([]measure.Event, error) {
 	case '[', '"':
 		return measure.ParseEventLog(text)
 	case '{':
-		var doc map[string]json.RawMessage
-		if err := json.Unmarshal(text, &doc); err != nil {
+		doc, err := object(text)
+		if err != nil {
 			return nil, err
 		}
 		log := either(doc, "event_log", "eventLog")

@@ -50,6 +50,8 @@ type verdictDetails struct {
 	BootInfo            *bootInfo       `json:"boot_info,omitempty"`
 }
 
+// appInfo is there if the event log proves which application it is. OSImageHash is
+// what the host claims: os_image_hash_verified says whether that holds.
 type appInfo struct {
 	AppID           string `json:"app_id"`
 	ComposeHash     string `json:"compose_hash"`
@@ -62,7 +64,8 @@ type appInfo struct {
 }
 
 // bootInfo is the payload that a dstack KMS asks its authorisation service with. It is
-// there only in a verdict that is valid.
+// there only in a verdict that is valid, of an application that is proven;
+// OSImageHash is empty unless a policy's image proves it.
 type bootInfo struct {
 	TEEVariant      string   `json:"teeVariant"`
 	MRAggregated    string   `json:"mrAggregated"`
@@ -173,7 +176,7 @@ func makeDetails(r *remote.Result) verdictDetails {
 	if c.Report != nil {
 		d.TCBStatus, d.AdvisoryIDs = string(c.Report.Merged.Status), listed(c.Report.Merged.Advisories)
 	}
-	if !d.EventLogVerified || !c.Genuine() {
+	if !d.EventLogVerified || !passed(r, "identity") {
 		return d
 	}
 	if json.Valid([]byte(c.Identity.KeyProvider)) {
@@ -181,7 +184,10 @@ func makeDetails(r *remote.Result) verdictDetails {
 	}
 	d.AppInfo = makeAppInfo(c)
 	if r.Accepted && c.Report != nil {
-		a := d.AppInfo
+		a := *d.AppInfo
+		if !d.OSImageHashVerified {
+			a.OSImageHash = "" // the host's claim, on which nobody is to be authorised
+		}
 		d.BootInfo = &bootInfo{TEEVariant: d.TEEVariant, MRAggregated: a.MRAggregated, OSImageHash: a.OSImageHash, MRSystem: a.MRSystem, AppID: a.AppID,
 			ComposeHash: a.ComposeHash, InstanceID: a.InstanceID, DeviceID: a.DeviceID, KeyProviderInfo: a.KeyProviderInfo, TCBStatus: d.TCBStatus, AdvisoryIDs: d.AdvisoryIDs}
 	}

@@ -26,6 +26,7 @@ func TestVerdictGolden(t *testing.T) {
 		status int
 	}{
 		"valid":       {[]string{"verify", "--json", "--quote", dir + "/attestations/zk-livy.json", "--collateral", dir + "/collateral/dq-gas-collateral.json", "--at", "2025-09-17T07:22:55Z"}, 0},
+		"era":         {[]string{"verify", "--json", "--policy", "testdata/golden/era.toml", "--quote", dir + "/attestations/zk-livy.json", "--collateral", dir + "/collateral/dq-gas-collateral.json", "--at", "2025-09-17T07:22:55Z"}, 0},
 		"out-of-date": {[]string{"verify", "--json", "--quote", dir + "/attestations/nr-gateway-report.json", "--collateral", dir + "/collateral/nm-2603b-collateral.json", "--at", "2026-04-01T07:22:55Z"}, exitPolicy},
 		"dcap-qvl":    {[]string{"verify", "--format", "dcap-qvl", "--quote", dir + "/attestations/zk-livy.json", "--collateral", dir + "/collateral/dq-gas-collateral.json", "--at", "2025-09-17T07:22:55Z"}, 0},
 		"dstack":      {[]string{"verify", "--format", "dstack", "--quote", dir + "/attestations/nr-gateway-report.json", "--collateral", dir + "/collateral/nm-2603b-collateral.json", "--at", "2026-04-01T07:22:55Z"}, exitPolicy},

@@ -40,6 +40,9 @@ There is no TLS and no authorisation: keep it on a loopback address, or behind a
 			if f.policy == "" {
 				return exitf(exitUsage, "verify serve needs --policy")
 			}
+			if f.at != "" {
+				return exitf(exitUsage, "verify serve judges at the time of each request: --at is for verify")
+			}
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
 			v, store, err := f.verifier(cmd.Context(), log)
 			if err != nil {
@@ -83,13 +86,27 @@ func serveHTTP(ctx context.Context, s *http.Server, l net.Listener) error {
 	return err
 }
 
-// verifyRequest is dstack-verifier's request: attestation, or the other three.
-type verifyRequest struct {
-	Attestation *string `json:"attestation"`
-	Quote       *string `json:"quote"`
-	EventLog    *string `json:"event_log"`
-	VMConfig    *string `json:"vm_config"`
-	Debug       bool    `json:"debug"`
+// verifyRequest is dstack-verifier's request: attestation, or the other three. Its
+// debug is ignored, as are members that are not known.
+type verifyRequest struct{ Attestation, Quote, EventLog, VMConfig *string }
+
+func parseVerifyRequest(body io.Reader) (req verifyRequest, err error) {
+	text, err := io.ReadAll(body)
+	if err != nil {
+		return req, err
+	}
+	doc, err := object(text)
+	if err != nil {
+		return req, err
+	}
+	for name, into := range map[string]**string{"attestation": &req.Attestation, "quote": &req.Quote, "event_log": &req.EventLog, "vm_config": &req.VMConfig} {
+		if value := doc[name]; value != nil {
+			if err := json.Unmarshal(value, into); err != nil {
+				return req, fmt.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+	return req, nil
 }
 
 func verifyHandler(v *remote.Verifier) http.Handler {
@@ -136,13 +153,9 @@ func refusedVerdict(err error) *dstackVerdict {
 }
 
 func readVerifyRequest(body io.Reader) (*measure.Evidence, error) {
-	var req verifyRequest
-	d := json.NewDecoder(body)
-	if err := d.Decode(&req); err != nil {
+	req, err := parseVerifyRequest(body)
+	if err != nil {
 		return nil, fmt.Errorf("request: %v", err)
-	}
-	if _, err := d.Token(); err != io.EOF {
-		return nil, errors.New("request: something follows the JSON object")
 	}
 	if req.Attestation != nil {
 		b, err := hexText(*req.Attestation)

@@ -259,21 +259,32 @@ func (e *IdentityError) Error() string {
 // type 0x08000001) before system-ready only, the first of a name winning. A second
 // event of a once-only name, a payload of the wrong size or form, and a digest that
 // does not follow from name and payload are all reported, in one *IdentityError;
-// the Identity is then good for display only.
+// the Identity is then good for display only. So is what could hide an identity event
+// from the reader: an event of RTMR3 of another type, whose digest says nothing of its
+// name, and before system-ready a version 1 event whose name continues a reserved one
+// after a colon, which has the digest of that one too.
 func IdentityOf(events []Event) (Identity, error) {
 	var id Identity
 	var findings []IdentityFinding
 	seen := map[string]bool{}
 	for i := range events {
 		e := &events[i]
-		if !e.IsRuntime() || !ReservedEvent(e.Name) {
+		report := func(problem string) { findings = append(findings, IdentityFinding{i, e.Name, problem}) }
+		switch {
+		case e.IMR == RTMR3 && !e.IsRuntime():
+			report(fmt.Sprintf("is in RTMR3 with the type %#x, want %#x: it could be any event of the boot", e.Type, RuntimeEventType))
 			continue
-		}
-		if id.Ready {
+		case !e.IsRuntime():
+			continue
+		case !id.Ready && hidesReserved(e):
+			report("has the digest of a reserved event too, whose name ends at the colon")
+			continue
+		case !ReservedEvent(e.Name):
+			continue
+		case id.Ready:
 			id.Late = append(id.Late, e.Name)
 			continue
 		}
-		report := func(problem string) { findings = append(findings, IdentityFinding{i, e.Name, problem}) }
 		if err := e.Check(); err != nil {
 			report("has a digest that its name and payload do not give")
 		}
@@ -290,6 +301,13 @@ func IdentityOf(events []Event) (Identity, error) {
 		return id, &IdentityError{findings}
 	}
 	return id, nil
+}
+
+// hidesReserved reports whether e's digest is also that of a reserved event: version 1
+// joins name and payload by a colon, and does not say at which.
+func hidesReserved(e *Event) bool {
+	name, _, isJoined := strings.Cut(e.Name, ":")
+	return isJoined && e.Version != EventV2 && ReservedEvent(name)
 }
 
 // take stores the payload of one identity event if it is well formed.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"strings"
 
 	"tdx-agent/measure"
 	"tdx-agent/remote/cache"
@@ -60,6 +61,17 @@ func (c *Claims) replays() bool {
 		}
 	}
 	return true
+}
+
+// cut names the boot registers that the log has no events for and the quote has.
+func (c *Claims) cut() string {
+	var names []string
+	for i, is := range c.Covered[:measure.RTMR3] {
+		if !is && c.Replayed[i] != c.Quote.Body.RTMR[i] {
+			names = append(names, fmt.Sprintf("RTMR%d", i))
+		}
+	}
+	return strings.Join(names, ", ")
 }
 
 // proven reports whether the identity is worth anything. An error says why not.

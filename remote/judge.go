@@ -34,6 +34,7 @@ func (e *Entry) judgeHardware(s *sheet, c *Claims) {
 		}
 		s.fail(Hardware, "signature", err.Code, err.Got, err.Want, strings.TrimSuffix(hint, "; "))
 		s.skip(Hardware, "root", "the quote is not genuine")
+		s.isForged = true
 		return
 	}
 	s.check(Hardware, "signature", true, func() (string, string, string) {
@@ -97,8 +98,8 @@ func (e *Entry) judgeTCB(s *sheet, c *Claims, at time.Time) {
 	e.optional(s, TCB, "collateral_age", "max_collateral_age", !t.AllowAnyCollateralAge, func() bool { return at.Sub(r.CollateralIssued) <= t.MaxCollateralAge }, func() (string, string, string) {
 		return "issued " + stamp(r.CollateralIssued), fmt.Sprintf("at most %v before %s", t.MaxCollateralAge, stamp(at)), "fetch newer collateral"
 	})
-	s.check(TCB, "collateral_stale", r.StaleSince.IsZero() || t.AllowStaleCollateral, func() (string, string, string) {
-		return "ended " + stamp(r.StaleSince), "collateral within its time", "fetch newer collateral"
+	s.check(TCB, "collateral_stale", t.acceptsEnd(r, at), func() (string, string, string) {
+		return "ended " + stamp(r.CollateralUntil), "collateral within its time", "fetch newer collateral"
 	})
 	e.optional(s, TCB, "fmspc", "fmspc", len(t.FMSPC)+len(t.FMSPCDeny) > 0, func() bool {
 		return (len(t.FMSPC) == 0 || oneOf(t.FMSPC, r.PCK.FMSPC[:])) && !oneOf(t.FMSPCDeny, r.PCK.FMSPC[:])
@@ -124,17 +125,26 @@ func (e *Entry) failCollateral(s *sheet, err error) {
 	s.fail(TCB, "collateral", code, fmt.Sprint(err), "complete and current collateral", hint)
 }
 
+// acceptsEnd judges whether the collateral had ended, before the quote was judged by it
+// or since then: old claims are judged again.
+func (t *Terms) acceptsEnd(r *dcap.Report, at time.Time) bool {
+	if r.StaleSince.IsZero() && !at.After(r.CollateralUntil) {
+		return true
+	}
+	return t.AllowStaleCollateral && !at.After(r.CollateralUntil.Add(dcap.MaxStaleGrace))
+}
+
 func (t *Terms) acceptsStatus(r *dcap.Report, at time.Time) bool {
 	if slices.Contains(t.TCBStatus, r.Merged.Status) {
 		return true
 	}
 	// Not with a clock before the date: then the grace would not have begun.
-	return r.Merged.Status == dcap.OutOfDate && t.TCBGrace > 0 && !at.After(r.NewestTCBDate.Add(t.TCBGrace))
+	return r.Merged.Status == dcap.OutOfDate && t.TCBGrace > 0 && !at.Before(r.NewestTCBDate) && !at.After(r.NewestTCBDate.Add(t.TCBGrace))
 }
 
 func (t *Terms) acceptsAdvisories(ids []string) bool {
 	for _, id := range ids {
-		if slices.Contains(t.AdvisoriesDeny, id) || !t.AllowAnyAdvisory && !slices.Contains(t.AdvisoriesAllow, id) {
+		if slices.ContainsFunc(t.AdvisoriesDeny, func(denied string) bool { return strings.EqualFold(denied, id) }) || !t.AllowAnyAdvisory && !slices.Contains(t.AdvisoriesAllow, id) {
 			return false
 		}
 	}
@@ -289,6 +299,10 @@ func (e *Entry) judgeBootLog(s *sheet, c *Claims) {
 	case c.Covered == [4]bool{measure.RTMR3: true}:
 		s.skip(Boot, "boot_log", "the log was cut: it explains RTMR3 alone")
 	default:
+		if cut := c.cut(); cut != "" && c.replays() {
+			s.skip(Boot, "boot_log", "the log was cut: it does not explain "+cut)
+			return
+		}
 		judgeReplay(s, Boot, "boot_log", c, 0, 3)
 	}
 }
@@ -305,7 +319,11 @@ func judgeReplay(s *sheet, q Question, name string, c *Claims, from, to int) {
 		if wrong < 0 {
 			return "the log replays to the quote's registers", "", ""
 		}
-		return fmt.Sprintf("RTMR%d %s in the quote", wrong, c.Quote.Body.RTMR[wrong]), fmt.Sprintf("%s, what the log replays to", c.Replayed[wrong]), "quote and log are not of one moment of one machine, or the log was changed"
+		hint := "quote and log are not of one moment of one machine, or the log was changed"
+		if c.Replayed[wrong].IsZero() {
+			hint = "the log has no event of that register: a CCEL has none of RTMR3, which dstack's log has"
+		}
+		return fmt.Sprintf("RTMR%d %s in the quote", wrong, c.Quote.Body.RTMR[wrong]), fmt.Sprintf("%s, what the log replays to", c.Replayed[wrong]), hint
 	})
 }
 

@@ -138,6 +138,9 @@ func (e *Entry) judgeMRConfigID(s *sheet, c *Claims, x *Expect, proof error) {
 	}
 	claims, err := mrConfigClaims(&c.Identity, x.MRConfig)
 	switch {
+	case x.MRConfig != "" && (got[0] != 3 || proof != nil || err != nil):
+		s.fail(Application, name, name, got.String(), measure.MRConfigIDV3(x.MRConfig).String()+", of the document given, and an identity that is proven to compare it with",
+			"the TD was launched by no document or another one, or its event log is missing: see event_log and identity")
 	case got.IsZero():
 		s.skip(Application, name, "the host committed to nothing")
 	case got[0] < 1 || got[0] > 3:

@@ -32,7 +32,7 @@ func BuiltinPolicy(roots ...[32]byte) *Policy {
 	terms := defaultTerms()
 	terms.AllowAnyCollateralAge, terms.RequireEvents = true, nil
 	return &Policy{ID: "built-in", Entries: []Entry{{Name: "built-in", Terms: terms, roots: roots, AllowAnyImage: true, AllowAnyApp: true,
-		AllowSimulated: roots[0] != dcap.IntelRoot()}}}
+		AllowSimulated: slices.ContainsFunc(roots, func(pin [32]byte) bool { return pin != dcap.IntelRoot() })}}}
 }
 
 // Roots returns every root that an entry trusts.

@@ -36,6 +36,7 @@ func TestPolicyMistakes(t *testing.T) {
 		{"unknown key of an image", "[image.i]", "[image.i]\nrtmr9 = []", `unknown key "image.i.rtmr9"`},
 		{"unknown table", "[defaults]", "[default]", `unknown key "default"`},
 		{"case of a key", "tcb_status", "TCB_Status", "unknown key"},
+		{"long s in a key", "tcb_status", `"tcb_ſtatus"`, "unknown key"},
 		{"syntax", "version = 1", "version = ", "line 1"},
 		{"no name", `name = "a"`, "", "give it a name"},
 		{"a name twice", "[image.i]", "[[peer]]\nname = \"a\"\nallow_any_image = true\nallow_any_app = true\n[image.i]", "is there twice"},

@@ -93,7 +93,8 @@ type Expect struct {
 	AnyReportData bool
 	// Compose is an app-compose.json that must be the measured one. Nil: none given.
 	Compose []byte
-	// MRConfig is the document that a version 3 MRCONFIGID is the hash of.
+	// MRConfig is the document that MRCONFIGID must be the version 3 hash of, unless the
+	// policy pins mr_config_id. "": none given.
 	MRConfig string
 	// Entries names the policy entries that may accept the evidence. Nil: every one.
 	Entries []string

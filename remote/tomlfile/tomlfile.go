@@ -46,11 +46,11 @@ func (f *File) Decode(text []byte, v any) error {
 
 // otherCase lists the keys that only the decoder takes for known, since it does not
 // tell upper from lower case: beside one in lower case, such a key could replace it
-// unseen.
+// unseen. So could one with the long s, which has no other lower case.
 func (f *File) otherCase(meta toml.MetaData) (keys []toml.Key) {
 	for _, key := range meta.Keys() {
 		isName := len(key) == 2 && key[0] == f.Named
-		if last := key[len(key)-1]; !isName && last != strings.ToLower(last) {
+		if last := key[len(key)-1]; !isName && (last != strings.ToLower(last) || strings.ContainsRune(last, 'ſ')) {
 			keys = append(keys, key)
 		}
 	}
