@@ -71,15 +71,15 @@ func measureCommand(ctx context.Context, o serveOptions, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	b, err := openBackend(cfg, dir, o.simulate)
+	if err != nil {
+		return err // where there is no TD, nothing else matters
+	}
+	defer b.close()
 	files, err := readGuest(cfg, o.hostShared, o.simulate)
 	if err != nil {
 		return err
 	}
-	b, err := openBackend(cfg, dir, o.simulate)
-	if err != nil {
-		return err
-	}
-	defer b.close()
 	l, err := openLedger(ctx, cfg, dir, b)
 	if err != nil {
 		return err

@@ -1,7 +1,10 @@
 package main
 
 import (
+	"bytes"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"testing"
 )
 
@@ -10,14 +13,44 @@ func TestEmitExitStatus(t *testing.T) {
 	dir := shortDir(t)
 	p := startAgent(t, dir)
 	p.answering()
-	for _, c := range []struct {
-		name string
-		want int
-	}{{"", exitUsage}, {"line\nbreak", exitUsage}, {"app-id", exitDenied}, {"release", 0}} {
-		cmd := exec.Command("tdx-agent", "emit", c.name, "00", "--runtime-dir", string(dir))
-		out, _ := cmd.CombinedOutput()
-		if got := cmd.ProcessState.ExitCode(); got != c.want {
-			t.Errorf("emit %q: exit status %d, want %d: %s", c.name, got, c.want, out)
-		}
+	for name, want := range map[string]int{"": exitUsage, "line\nbreak": exitUsage, "app-id": exitDenied, "release": 0} {
+		p.wantExit(want, "emit", name, "00")
+	}
+}
+
+// wantExit runs a command against the agent.
+func (p *agentProcess) wantExit(want int, args ...string) string {
+	p.t.Helper()
+	cmd := exec.Command("tdx-agent", append(args, "--runtime-dir", string(p.dir))...)
+	out, _ := cmd.CombinedOutput()
+	if got := cmd.ProcessState.ExitCode(); got != want {
+		p.t.Errorf("%q: exit status %d, want %d: %.500s", args, got, want, out)
+	}
+	return string(out)
+}
+
+// everyCommand are the commands that show or use the log.
+var everyCommand = [][]string{{"status"}, {"status", "--json"}, {"quote"}, {"log", "show"}, {"log", "show", "--json"},
+	{"log", "replay"}, {"log", "replay", "--json"}, {"log", "export"}, {"emit", "x", "00"}}
+
+// TestDivergedExitStatus takes the last record away, as if somebody had extended
+// RTMR3 without one. No command answers as if nothing were wrong, and all are well
+// again with the record.
+func TestDivergedExitStatus(t *testing.T) {
+	dir := shortDir(t)
+	p := startAgent(t, dir)
+	p.answering()
+	p.wantExit(0, "emit", "release", "00")
+	file := filepath.Join(dir.log(), "rtmr3.log")
+	whole, err := os.ReadFile(file)
+	check(t, err)
+	check(t, os.WriteFile(file, whole[:bytes.LastIndexByte(whole[:len(whole)-1], '\n')+1], 0o600))
+	for _, args := range everyCommand {
+		p.wantExit(exitDiverged, args...)
+	}
+	p.wantExit(exitTimeout, "wait", "--timeout", "100ms")
+	check(t, os.WriteFile(file, whole, 0o600))
+	for _, args := range everyCommand {
+		p.wantExit(0, args...)
 	}
 }
