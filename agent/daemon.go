@@ -56,10 +56,26 @@ func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *
 	}
 	d.attester = measure.NewAttester(ac)
 	s, err := l.Snapshot(ctx)
+	if err == nil {
+		err = d.checkBoot()
+	}
 	if err := d.report(err); err != nil {
 		return nil, err
 	}
 	return d, d.checkMeasured(s)
+}
+
+// checkBoot holds the boot event log against the registers. Where those cannot be
+// read, only a quote can tell.
+func (d *daemon) checkBoot() error {
+	regs, err := d.registers()
+	if errors.As(err, new(*measure.UnsupportedError)) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return d.attester.CheckBoot(regs)
 }
 
 // checkMeasured refuses to serve an application or settings that are not the ones
@@ -95,7 +111,7 @@ func (d *daemon) report(err error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if now != "" && now != d.diverged {
-		d.log.Error("RTMR3 and its log disagree", "error", now, "on_foreign_extend", d.cfg.OnForeignExtend)
+		d.log.Error("registers and log disagree", "error", now, "on_foreign_extend", d.cfg.OnForeignExtend)
 	}
 	d.diverged = now
 	return nil
@@ -199,6 +215,9 @@ func (d *daemon) alive(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	_, err := d.ledger.Snapshot(ctx)
+	if err == nil {
+		err = d.checkBoot()
+	}
 	if err := d.report(err); err != nil {
 		return err
 	}

@@ -95,6 +95,9 @@ func (d *daemon) logDocument(r *http.Request) (*logDocument, error) {
 			doc.Registers[i] = regs.RTMR[i].String()
 		}
 	}
+	if err := d.attester.CheckBoot(regs); regErr == nil && err != nil && doc.Problem == "" {
+		doc.Problem = err.Error()
+	}
 	if doc.Boot, err = measure.FormatEventLog(d.backend.boot, false); err != nil {
 		return nil, err
 	}

@@ -5,7 +5,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
+
+	"tdx-agent/measure"
+	"tdx-agent/measure/tdxsim"
 )
 
 // TestEmitExitStatus tells wrong names from those that nobody may use.
@@ -53,4 +57,29 @@ func TestDivergedExitStatus(t *testing.T) {
 	for _, args := range everyCommand {
 		p.wantExit(0, args...)
 	}
+}
+
+// TestBootDivergedExitStatus extends RTMR2 of the running TD, which the boot event log
+// then does not explain: quotes would be refused by whoever replays them.
+func TestBootDivergedExitStatus(t *testing.T) {
+	dir := shortDir(t)
+	p := startAgent(t, dir)
+	p.answering()
+	p.wantExit(0, "wait", "--timeout", "20s")
+	td, err := tdxsim.Open(dir.td())
+	check(t, err)
+	defer td.Close()
+	check(t, td.Extend(2, measure.Digest{1}))
+	for _, args := range everyCommand[:len(everyCommand)-1] { // an event may still be recorded
+		p.wantExit(exitDiverged, args...)
+	}
+	p.wantExit(exitTimeout, "wait", "--timeout", "100ms")
+	if out := p.wantExit(exitDiverged, "status"); !strings.Contains(out, "NOT READY") || !strings.Contains(out, "RTMR2  MISMATCH") {
+		t.Errorf("status says %s", out)
+	}
+	p.kill()
+	p = startAgent(t, dir) // and a restart does not forget
+	p.answering()
+	p.wantExit(exitDiverged, "status")
+	p.wantExit(exitDiverged, "quote")
 }
