@@ -48,6 +48,8 @@ type infoKey struct {
 }
 
 func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *measure.Ledger, files *measure.GuestFiles, log *slog.Logger) (*daemon, error) {
+	s, err := l.Snapshot(ctx)
+	cfg = provableConfig(cfg, b, s, err)
 	d := &daemon{cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), backend: b, ledger: l, files: files,
 		cloud: [2]string{dmi("sys_vendor"), dmi("product_name")}}
 	ac := measure.AttesterConfig{Quoter: b.quoter, Ledger: l, Boot: b.boot, ServeDiverged: cfg.OnForeignExtend == "serve"}
@@ -55,7 +57,6 @@ func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *
 		ac.VMConfig = files.SysConfig.VMConfig
 	}
 	d.attester = measure.NewAttester(ac)
-	s, err := l.Snapshot(ctx)
 	if err == nil {
 		err = d.checkBoot()
 	}
@@ -63,6 +64,19 @@ func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *
 		return nil, err
 	}
 	return d, d.checkMeasured(s)
+}
+
+// provableConfig turns loosened settings off when the log is damaged or lost, so that
+// it cannot show whether they were measured. The agent must start all the same: one
+// that does not cannot say what is wrong.
+func provableConfig(cfg *Config, b *backend, s measure.Snapshot, err error) *Config {
+	if !errors.As(err, new(*measure.DivergenceError)) || checkLoosened(cfg, s.Events()) == nil {
+		return cfg
+	}
+	b.notes = append(b.notes, fmt.Sprintf("settings that loosen defaults are off: the log cannot show that this boot has measured them: %s", cfg.agentConfig()))
+	tight := *cfg
+	tight.tighten()
+	return &tight
 }
 
 // checkBoot holds the boot event log against the registers. Where those cannot be

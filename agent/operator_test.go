@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -82,4 +83,37 @@ func TestBootDivergedExitStatus(t *testing.T) {
 	p.answering()
 	p.wantExit(exitDiverged, "status")
 	p.wantExit(exitDiverged, "quote")
+}
+
+// TestStartsOnDamagedLog: whatever is wrong with the log, the agent starts and says so.
+// Settings that only the log could show to be measured are off meanwhile.
+func TestStartsOnDamagedLog(t *testing.T) {
+	for name, damage := range map[string]func([]byte) []byte{
+		"lost":    func([]byte) []byte { return nil },
+		"flipped": func(b []byte) []byte { b[len(b)/4] ^= 1; return b },
+		"garbage": func([]byte) []byte { return []byte("garbage\nand more\n") },
+	} {
+		for _, settings := range []string{"", "on_foreign_extend = \"serve\"\n[compat]\nfull_access = true\n[kernel]\nallow_env_overrides = true\n"} {
+			t.Run(fmt.Sprintf("%s, loosened %v", name, settings != ""), func(t *testing.T) {
+				dir := shortDir(t)
+				config := filepath.Join(t.TempDir(), "agent.toml")
+				check(t, os.WriteFile(config, []byte(settings), 0o600))
+				p := startAgent(t, dir, "--config", config)
+				p.answering()
+				p.kill()
+				file := filepath.Join(dir.log(), "rtmr3.log")
+				b, err := os.ReadFile(file)
+				check(t, err)
+				check(t, os.WriteFile(file, damage(b), 0o600))
+				p = startAgent(t, dir, "--config", config)
+				p.answering()
+				for _, args := range everyCommand {
+					p.wantExit(exitDiverged, args...)
+				}
+				if out := p.wantExit(exitDiverged, "status"); strings.Contains(out, "LOOSENED") || strings.Contains(out, "dstack.sock gives read, quote, raw report data, keys") {
+					t.Errorf("status says %s", out)
+				}
+			})
+		}
+	}
 }
