@@ -14,8 +14,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
 
 	"tdx-agent/measure"
 )
@@ -40,8 +42,14 @@ func openLedger(ctx context.Context, cfg *Config, dir runtimeDir, b *backend) (*
 // measureBoot is the boot step: it extends RTMR3 with the application's identity, in
 // the order of the configured era. It may be repeated at will: what is measured
 // already is compared, not extended again, and a difference is an error. It returns
-// how many events it has added.
+// how many events it has added. Of two that run at once, the second waits for the
+// first and finds nothing left to do.
 func measureBoot(ctx context.Context, cfg *Config, dir runtimeDir, l *measure.Ledger, files *measure.GuestFiles) (int, error) {
+	lock, err := lockMeasure(ctx, dir)
+	if err != nil {
+		return 0, err
+	}
+	defer lock.Close()
 	s, err := l.Snapshot(ctx)
 	if err != nil {
 		return 0, err
@@ -77,6 +85,27 @@ func measureBoot(ctx context.Context, cfg *Config, dir runtimeDir, l *measure.Le
 		added++
 	}
 	return added, nil
+}
+
+// measureWait bounds the wait for another boot step; one takes milliseconds.
+const measureWait = 30 * time.Second
+
+// lockMeasure waits until no other process takes the boot step. The lock ends with
+// the process.
+func lockMeasure(ctx context.Context, dir runtimeDir) (*os.File, error) {
+	ctx, cancel := context.WithTimeout(ctx, measureWait)
+	defer cancel()
+	for {
+		f, err := tryLock(dir.path("log/measure.lock"))
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return f, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("another boot step holds %s: %w", dir.path("log/measure.lock"), ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
 }
 
 // forgetBoot removes what an earlier boot has left where the folder outlived it.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -35,14 +36,14 @@ func (d *daemon) loadChannelKey() error {
 	return err
 }
 
-// channelRequest is a session that evidence is wanted for.
+// channelRequest is a session that evidence is wanted for: hashes in hexadecimal.
 type channelRequest struct {
 	Role       string `json:"role"` // "C" or "S"
-	Exporter   []byte `json:"exporter"`
-	Transcript []byte `json:"transcript"`
-	ClientKey  []byte `json:"client_key"`
-	ServerKey  []byte `json:"server_key"`
-	KeyMode    bool   `json:"key_mode"`
+	Exporter   string `json:"exporter"`
+	Transcript string `json:"transcript"`
+	ClientKey  string `json:"client_key"`
+	ServerKey  string `json:"server_key"`
+	Mode       string `json:"mode"` // "quote" or "key"
 }
 
 // channelReply is a statement about it.
@@ -93,14 +94,15 @@ func (d *daemon) attestChannel(r *http.Request) (*channelReply, error) {
 		return nil, withExit(exitUsage, err)
 	}
 	var req channelRequest
-	if err := strictJSON(b, &req); err != nil {
-		return nil, withExit(exitUsage, err)
+	if err := strictObject(b, map[string]*string{"role": &req.Role, "exporter": &req.Exporter, "transcript": &req.Transcript,
+		"client_key": &req.ClientKey, "server_key": &req.ServerKey, "mode": &req.Mode}); err != nil {
+		return nil, withExit(exitUsage, fmt.Errorf("request: %w", err))
 	}
 	session, err := req.session()
 	if err != nil {
 		return nil, withExit(exitUsage, err)
 	}
-	st, err := d.channel.Attest(r.Context(), session, req.KeyMode)
+	st, err := d.channel.Attest(r.Context(), session, req.Mode == "key")
 	if err != nil {
 		return nil, err
 	}
@@ -118,15 +120,18 @@ func (req *channelRequest) session() (*atls.Session, error) {
 		return nil, fmt.Errorf(`role is %.10q, want "C" or "S"`, req.Role)
 	}
 	s.Role = atls.Role(req.Role[0])
+	if req.Mode != "quote" && req.Mode != "key" {
+		return nil, fmt.Errorf(`mode is %.10q, want "quote" or "key"`, req.Mode)
+	}
 	for _, f := range []struct {
-		name string
-		got  []byte
-		into *[32]byte
+		name, got string
+		into      *[32]byte
 	}{{"exporter", req.Exporter, &s.Exporter}, {"transcript", req.Transcript, &s.Transcript}, {"client_key", req.ClientKey, &s.ClientKey}, {"server_key", req.ServerKey, &s.ServerKey}} {
-		if len(f.got) != len(f.into) {
-			return nil, fmt.Errorf("%s has %d bytes, want %d", f.name, len(f.got), len(f.into))
+		b, err := hex.DecodeString(f.got)
+		if err != nil || len(b) != len(f.into) {
+			return nil, fmt.Errorf("%s has %d characters, want %d hexadecimal digits", f.name, len(f.got), 2*len(f.into))
 		}
-		*f.into = [32]byte(f.got)
+		*f.into = [32]byte(b)
 	}
 	return s, nil
 }
@@ -154,7 +159,12 @@ func (a *channelAttester) AgentKey() [32]byte { return a.key }
 
 // Attest implements atls.Attester.
 func (a *channelAttester) Attest(ctx context.Context, s *atls.Session, keyMode bool) (*atls.Statement, error) {
-	body, err := json.Marshal(channelRequest{Role: string(s.Role), Exporter: s.Exporter[:], Transcript: s.Transcript[:], ClientKey: s.ClientKey[:], ServerKey: s.ServerKey[:], KeyMode: keyMode})
+	mode := "quote"
+	if keyMode {
+		mode = "key"
+	}
+	body, err := json.Marshal(channelRequest{Role: string(s.Role), Exporter: hex.EncodeToString(s.Exporter[:]), Transcript: hex.EncodeToString(s.Transcript[:]),
+		ClientKey: hex.EncodeToString(s.ClientKey[:]), ServerKey: hex.EncodeToString(s.ServerKey[:]), Mode: mode})
 	if err != nil {
 		return nil, err
 	}

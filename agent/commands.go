@@ -71,15 +71,15 @@ func measureCommand(ctx context.Context, o serveOptions, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	b, err := openBackend(cfg, dir, o.simulate)
+	if err != nil {
+		return err // where there is no TD, nothing else matters
+	}
+	defer b.close()
 	files, err := readGuest(cfg, o.hostShared, o.simulate)
 	if err != nil {
 		return err
 	}
-	b, err := openBackend(cfg, dir, o.simulate)
-	if err != nil {
-		return err
-	}
-	defer b.close()
 	l, err := openLedger(ctx, cfg, dir, b)
 	if err != nil {
 		return err
@@ -254,7 +254,7 @@ func newStatus(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "status",
 		Short:   "Show registers, log, identity and readiness",
-		Long:    "Show registers, log, identity and readiness. It never costs a quote. Exit status 7 when log and register diverge.",
+		Long:    "Show registers, log, identity and readiness. It never costs a quote. Exit status 7 when a register and its log diverge.",
 		Example: "  tdx-agent status\n  tdx-agent status --json",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -272,8 +272,8 @@ func newStatus(g *globals) *cobra.Command {
 				} else {
 					err = s.WriteText(cmd.OutOrStdout())
 				}
-				if err == nil && s.Log.Verdict == status.Mismatch {
-					err = exitf(exitDiverged, "%s", s.Log.Problem)
+				if problem := s.Diverged(); err == nil && problem != "" {
+					err = exitf(exitDiverged, "%s", problem)
 				}
 				return err
 			})

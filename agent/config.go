@@ -149,6 +149,14 @@ func (c *Config) loosened() map[string]any {
 	return m
 }
 
+// tighten sets what loosened lists back to the defaults.
+func (c *Config) tighten() {
+	def := newConfig()
+	c.OnForeignExtend = def.OnForeignExtend
+	c.Kernel.AllowEnvOverrides = def.Kernel.AllowEnvOverrides
+	c.Compat.FullAccess = def.Compat.FullAccess
+}
+
 // agentConfig is the payload of event agent-config: the loosened settings as JSON
 // with sorted keys, or nothing when there are none.
 func (c *Config) agentConfig() []byte {

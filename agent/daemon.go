@@ -50,6 +50,8 @@ type infoKey struct {
 }
 
 func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *measure.Ledger, files *measure.GuestFiles, log *slog.Logger) (*daemon, error) {
+	s, err := l.Snapshot(ctx)
+	cfg = provableConfig(cfg, b, s, err)
 	d := &daemon{cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), backend: b, ledger: l, files: files,
 		cloud: [2]string{dmi("sys_vendor"), dmi("product_name")}}
 	ac := measure.AttesterConfig{Quoter: b.quoter, Ledger: l, Boot: b.boot, ServeDiverged: cfg.OnForeignExtend == "serve"}
@@ -60,11 +62,39 @@ func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *
 	if err := d.loadChannelKey(); err != nil {
 		return nil, err
 	}
-	s, err := l.Snapshot(ctx)
+	if err == nil {
+		err = d.checkBoot()
+	}
 	if err := d.report(err); err != nil {
 		return nil, err
 	}
 	return d, d.checkMeasured(s)
+}
+
+// provableConfig turns loosened settings off when the log is damaged or lost, so that
+// it cannot show whether they were measured. The agent must start all the same: one
+// that does not cannot say what is wrong.
+func provableConfig(cfg *Config, b *backend, s measure.Snapshot, err error) *Config {
+	if !errors.As(err, new(*measure.DivergenceError)) || checkLoosened(cfg, s.Events()) == nil {
+		return cfg
+	}
+	b.notes = append(b.notes, fmt.Sprintf("settings that loosen defaults are off: the log cannot show that this boot has measured them: %s", cfg.agentConfig()))
+	tight := *cfg
+	tight.tighten()
+	return &tight
+}
+
+// checkBoot holds the boot event log against the registers. Where those cannot be
+// read, only a quote can tell.
+func (d *daemon) checkBoot() error {
+	regs, err := d.registers()
+	if errors.As(err, new(*measure.UnsupportedError)) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return d.attester.CheckBoot(regs)
 }
 
 // checkMeasured refuses to serve an application or settings that are not the ones
@@ -100,7 +130,7 @@ func (d *daemon) report(err error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if now != "" && now != d.diverged {
-		d.log.Error("RTMR3 and its log disagree", "error", now, "on_foreign_extend", d.cfg.OnForeignExtend)
+		d.log.Error("registers and log disagree", "error", now, "on_foreign_extend", d.cfg.OnForeignExtend)
 	}
 	d.diverged = now
 	return nil
@@ -204,6 +234,9 @@ func (d *daemon) alive(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	_, err := d.ledger.Snapshot(ctx)
+	if err == nil {
+		err = d.checkBoot()
+	}
 	if err := d.report(err); err != nil {
 		return err
 	}

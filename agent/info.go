@@ -140,6 +140,9 @@ func (d *daemon) identity(st *status.Status, events []measure.Event, s measure.S
 		return
 	}
 	st.Registers = d.judge(regs, s)
+	if err := d.attester.CheckBoot(regs); err != nil {
+		st.NotReady = append(st.NotReady, err.Error())
+	}
 	replayed := regs
 	replayed.RTMR[measure.RTMR3] = s.Log
 	st.Identity.MRAggregated = hexOf(measure.MRAggregated(replayed))

@@ -113,13 +113,23 @@ func closeAll(all map[string]net.Listener) {
 // lockServe keeps a second agent out of the runtime directory. The lock ends with
 // the process.
 func lockServe(dir runtimeDir) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir.log(), "serve.lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	f, err := tryLock(filepath.Join(dir.log(), "serve.lock"))
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, fmt.Errorf("another agent serves from %s already", dir)
+	}
+	return f, err
+}
+
+// tryLock takes the lock on a file, which is made if need be. The error is
+// EWOULDBLOCK when another process has it.
+func tryLock(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("another agent serves from %s already", dir)
+		return nil, &fs.PathError{Op: "lock", Path: path, Err: err}
 	}
 	return f, nil
 }

@@ -21,8 +21,10 @@ func newLog(g *globals) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withLog(cmd, g, func(doc *logDocument, raw []byte) error {
 				if wantJSON(cmd) {
-					_, err := cmd.OutOrStdout().Write(raw)
-					return err
+					if _, err := cmd.OutOrStdout().Write(raw); err != nil {
+						return err
+					}
+					return doc.problem()
 				}
 				return showLog(cmd.OutOrStdout(), doc)
 			})
@@ -58,7 +60,10 @@ Exit status 7 when the agent's log and registers differ, 6 when those of FILE do
 					}
 					all = append(all, events...)
 				}
-				return json.NewEncoder(cmd.OutOrStdout()).Encode(all)
+				if err := json.NewEncoder(cmd.OutOrStdout()).Encode(all); err != nil {
+					return err
+				}
+				return doc.problem()
 			})
 		},
 	}
@@ -97,9 +102,17 @@ func quoted(s string) string {
 	return q[1 : len(q)-1]
 }
 
+// problem is the divergence that the agent has found, or nil.
+func (doc *logDocument) problem() error {
+	if doc.Problem == "" {
+		return nil
+	}
+	return exitf(exitDiverged, "%s", doc.Problem)
+}
+
 func verdictLine(out io.Writer, doc *logDocument) error {
-	if doc.Problem != "" {
-		return exitf(exitDiverged, "%s", doc.Problem)
+	if err := doc.problem(); err != nil {
+		return err
 	}
 	_, err := fmt.Fprintf(out, "replayed = register: RTMR3 %s\n", doc.Replayed[measure.RTMR3])
 	return err

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strconv"
 	"strings"
@@ -93,6 +95,9 @@ func (d *daemon) logDocument(r *http.Request) (*logDocument, error) {
 			doc.Registers[i] = regs.RTMR[i].String()
 		}
 	}
+	if err := d.attester.CheckBoot(regs); regErr == nil && err != nil && doc.Problem == "" {
+		doc.Problem = err.Error()
+	}
 	if doc.Boot, err = measure.FormatEventLog(d.backend.boot, false); err != nil {
 		return nil, err
 	}
@@ -134,8 +139,8 @@ func (d *daemon) adminEmit(r *http.Request) (measure.Record, error) {
 	if err != nil {
 		return measure.Record{}, withExit(exitUsage, err)
 	}
-	if err := strictJSON(b, &req); err != nil {
-		return measure.Record{}, withExit(exitUsage, err)
+	if err := strictObject(b, map[string]*string{"event": &req.Event, "payload": &req.Payload, "idempotency_key": &req.Key}); err != nil {
+		return measure.Record{}, withExit(exitUsage, fmt.Errorf("request: %w", err))
 	}
 	payload, err := hex.DecodeString(req.Payload)
 	if err != nil {
@@ -145,20 +150,47 @@ func (d *daemon) adminEmit(r *http.Request) (measure.Record, error) {
 		return measure.Record{}, exitf(exitUsage, "idempotency key has %d characters, want at most 128", len(req.Key))
 	}
 	if err := guestapi.CheckEvent(req.Event, payload); err != nil {
-		return measure.Record{}, withExit(exitDenied, err)
+		return measure.Record{}, err // with its own exit status
 	}
 	return d.emit(r.Context(), measure.Entry{Name: req.Event, Payload: payload, Key: req.Key, Caller: "admin"})
 }
 
-// strictJSON decodes exactly one document without unknown members.
-func strictJSON(b []byte, v any) error {
-	dec := json.NewDecoder(strings.NewReader(string(b)))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(v); err != nil {
-		return fmt.Errorf("request: %v", err)
+// strictObject decodes one JSON object of strings, and nothing after it. What it
+// leads to cannot be taken back, so a name that is unknown, written differently or
+// there twice is refused: two parsers might not agree on what was asked.
+func strictObject(b []byte, members map[string]*string) error {
+	dec := json.NewDecoder(bytes.NewReader(b))
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return errors.New("want a JSON object")
 	}
-	if dec.More() {
-		return errors.New("request: more than one document")
+	seen := map[string]bool{}
+	for dec.More() {
+		t, err := dec.Token()
+		if err != nil {
+			return err
+		}
+		name, _ := t.(string)
+		switch to := members[name]; {
+		case to == nil:
+			return fmt.Errorf("unknown member %q", name)
+		case seen[name]:
+			return fmt.Errorf("duplicate member %q", name)
+		default:
+			if t, err = dec.Token(); err != nil {
+				return err
+			}
+			value, ok := t.(string)
+			if !ok {
+				return fmt.Errorf("%s: want a string", name)
+			}
+			*to, seen[name] = value, true
+		}
+	}
+	if _, err := dec.Token(); err != nil {
+		return err
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return errors.New("something follows the object")
 	}
 	return nil
 }

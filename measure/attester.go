@@ -23,8 +23,10 @@ type AttesterConfig struct {
 
 // Attester makes Evidence of this TD.
 type Attester struct {
-	cfg   AttesterConfig
-	queue *quoteQueue
+	cfg     AttesterConfig
+	queue   *quoteQueue
+	boot    [4]Digest // what cfg.Boot replays to
+	bootErr error
 
 	mu    sync.Mutex // guards what follows
 	last  *Quote     // the last quote made, for the registers in it
@@ -44,14 +46,34 @@ type QuoteStats struct {
 
 // NewAttester returns an Attester; it makes no quote yet.
 func NewAttester(cfg AttesterConfig) *Attester {
-	return &Attester{cfg: cfg, queue: newQuoteQueue(cfg.Quoter)}
+	a := &Attester{cfg: cfg, queue: newQuoteQueue(cfg.Quoter)}
+	a.boot, a.bootErr = Replay(cfg.Boot)
+	return a
+}
+
+// CheckBoot returns a [*DivergenceError] when the boot event log does not explain
+// RTMR0 to RTMR2. Without such a log there is nothing to explain them, and Evidence
+// does not pretend that there is.
+func (a *Attester) CheckBoot(r Registers) error {
+	if len(a.cfg.Boot) == 0 {
+		return nil
+	}
+	if a.bootErr != nil {
+		return fmt.Errorf("boot event log: %w", a.bootErr)
+	}
+	for i := range RTMR3 {
+		if r.RTMR[i] != a.boot[i] {
+			return &DivergenceError{Boot: fmt.Sprintf("RTMR%d", i), Log: a.boot[i], Register: r.RTMR[i]}
+		}
+	}
+	return nil
 }
 
 // Evidence makes a quote that carries rd, with the event log that explains it. The
 // log is the one of the moment at which the quote was made: an event that is
 // recorded meanwhile is in both or in neither. caller groups requests for a fair
-// queue. A [*DivergenceError] means that the log cannot explain RTMR3, a
-// [*BusyError] that too many wait.
+// queue. A [*DivergenceError] means that the log cannot explain RTMR3, or the boot
+// event log RTMR0 to RTMR2; a [*BusyError] that too many wait.
 //
 // No lock is held while the host works: every record knows the register's value
 // after it, so the quote itself tells which prefix of the log belongs to it.
@@ -84,6 +106,9 @@ func (a *Attester) evidence(ctx context.Context, rd ReportData, caller string) (
 	quote, err := ParseQuote(raw)
 	if err != nil {
 		return nil, nil, fmt.Errorf("the kernel's quote: %w", err)
+	}
+	if err := a.CheckBoot(quote.Body.Registers); err != nil && !a.serveAnyway(err) {
+		return nil, nil, err
 	}
 	events, err := a.explain(ctx, before, quote.Body.RTMR[RTMR3])
 	if err != nil {

@@ -90,6 +90,30 @@ func TestEvidenceIsAPair(t *testing.T) {
 	}
 }
 
+// TestBootLogDoesNotExplain extends RTMR2 behind the boot event log's back: no verifier
+// would accept such a pair, so it is given only where the operator has said so.
+func TestBootLogDoesNotExplain(t *testing.T) {
+	for _, serve := range []bool{false, true} {
+		g := newGuest(t, serve)
+		record(t, g.ledger, measure.Entry{Name: "one"})
+		if err := g.td.Extend(2, measure.Digest{1}); err != nil {
+			t.Fatal(err)
+		}
+		_, err := g.Evidence(t.Context(), measure.ReportData{}, "a")
+		var d *measure.DivergenceError
+		if serve && err != nil || !serve && (!errors.As(err, &d) || d.Boot != "RTMR2") {
+			t.Errorf("serve %v: got %v", serve, err)
+		}
+		regs, err := g.td.Registers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := g.CheckBoot(regs); !errors.As(err, &d) || d.Register != regs.RTMR[2] {
+			t.Errorf("CheckBoot: got %v", err)
+		}
+	}
+}
+
 // TestEventDuringQuote records events while the host is silent: neither waits for the
 // other, and the log that comes back is the one of the quote.
 func TestEventDuringQuote(t *testing.T) {

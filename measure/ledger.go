@@ -107,13 +107,19 @@ func (e *FullError) Error() string {
 // extended by somebody who left no record, or the log is damaged. It cannot be
 // repaired, only explained; the cure is a reboot.
 type DivergenceError struct {
+	// Boot is "RTMR0", "RTMR1" or "RTMR2" when it is the boot event log that does not
+	// explain that register, and "" for RTMR3.
+	Boot     string
 	Log      Digest // what the log replays to
-	Register Digest // what RTMR3 is
+	Register Digest // what the register is
 	Err      error  // damage of the log, or nil
 }
 
 func (e *DivergenceError) Error() string {
-	if e.Err != nil {
+	switch {
+	case e.Boot != "":
+		return fmt.Sprintf("%s is %s but the boot event log (CCEL) replays to %s: what was measured into it is not in the log", e.Boot, e.Register, e.Log)
+	case e.Err != nil:
 		return fmt.Sprintf("the RTMR3 log is damaged: %v (RTMR3 is %s)", e.Err, e.Register)
 	}
 	return fmt.Sprintf("RTMR3 is %s but its log replays to %s: RTMR3 was extended without a record (foreign extend); a reboot is the only cure", e.Register, e.Log)

@@ -75,6 +75,19 @@ type Register struct {
 	Events   int    `json:"events"`
 }
 
+// Diverged says which register its log does not explain, or "" when there is none.
+func (s *Status) Diverged() string {
+	if s.Log.Verdict == Mismatch {
+		return s.Log.Problem
+	}
+	for _, r := range s.Registers {
+		if r.Verdict == Mismatch {
+			return r.Name + " is not what its log replays to"
+		}
+	}
+	return ""
+}
+
 // Log is the state of the RTMR3 log.
 type Log struct {
 	Events    int    `json:"events"`
