@@ -95,9 +95,9 @@ func compressedVolumes(code []byte) ([]byte, error) {
 				return false, fmt.Errorf("compressed section: its data at %#x is behind its end %#x", data, x.end)
 			}
 			if found == nil {
-				found = code[data:x.end]
+				found, err = plain(code).at(data, x.end-data)
 			}
-			return false, nil
+			return false, err
 		})
 	})
 	if err == nil && found == nil {
