@@ -58,28 +58,38 @@ func arguments(m acpi.Machine) []string {
 	return args
 }
 
-// dump is what a stock QEMU serves for m after the firmware has set up what the tables
-// tell of: the configuration window, the power management block and a first 64-bit BAR.
+const (
+	hostBridge = 0
+	firstSlot  = 1 << 3
+	lpc        = 0x1f << 3
+)
+
+// dump is what a stock QEMU serves for m.
 func dump(qemu string, m acpi.Machine) (*acpi.Tables, error) {
 	q, err := startQEMU(qemu, arguments(m))
 	if err != nil {
 		return nil, err
 	}
 	defer q.close()
-	const hostBridge, firstSlot, lpc = 0, 1 << 3, 0x1f << 3
-	q.pci(hostBridge, 0x64, "l", 0)
-	q.pci(hostBridge, 0x60, "l", 0xe0000001) // PCIEXBAR
-	q.pci(lpc, 0x40, "l", 0x600)             // PMBASE
-	q.pci(lpc, 0x44, "b", 0x80)              // ACPI_CNTL
-	q.pci(firstSlot, 0x20, "l", 0)           // BAR 4 of a virtio device
-	q.pci(firstSlot, 0x24, "l", 0x3800)
-	q.pci(firstSlot, 0x04, "w", 7)
+	q.firmware(0x3800_0000_0000)
 	t := &acpi.Tables{
 		Loader: q.file("etc/table-loader"),
 		RSDP:   q.file("etc/acpi/rsdp"),
 		Tables: q.file("etc/acpi/tables"),
 	}
 	return t, q.err
+}
+
+// firmware sets up what the tables tell of: the configuration window, the power management
+// block and the 64-bit BAR of the first virtio device.
+func (m *qtestMachine) firmware(bar uint64) {
+	m.pci(hostBridge, 0x64, "l", 0)
+	m.pci(hostBridge, 0x60, "l", 0xe0000001) // PCIEXBAR
+	m.pci(lpc, 0x40, "l", 0x600)             // PMBASE
+	m.pci(lpc, 0x44, "b", 0x80)              // ACPI_CNTL
+	m.pci(firstSlot, 0x20, "l", bar&0xffff_ffff)
+	m.pci(firstSlot, 0x24, "l", bar>>32)
+	m.pci(firstSlot, 0x04, "w", 7)
 }
 
 // matrix is the machines to compare: each knob over its range on a small machine, then
