@@ -45,6 +45,9 @@ func arguments(m acpi.Machine) []string {
 	} else {
 		args = append(args, "-machine", "memory-backend=mem0")
 	}
+	if m.Expander {
+		device("pxb-pcie,id=node,bus=pcie.0,addr=10,numa_node=0,bus_nr=5")
+	}
 	for port := range m.GPUs + m.NVSwitches {
 		device(fmt.Sprintf("pcie-root-port,id=pci.%d,bus=pcie.0,chassis=%d", port, port))
 		device(fmt.Sprintf("virtio-rng-pci,bus=pci.%d", port))
@@ -123,13 +126,20 @@ func matrix() (machines []acpi.Machine) {
 	for bits := range 64 {
 		add(func(m *acpi.Machine) {
 			m.PIC, m.SMM, m.HPET, m.HotplugOff = bits&1 > 0, bits&2 > 0, bits&4 > 0, bits&8 > 0
-			m.CDROM, m.Hugepages = bits&16 > 0, bits&32 > 0
+			m.CDROM, m.Hugepages, m.Expander = bits&16 > 0, bits&32 > 0, bits&36 == 36
 		})
 	}
 	for ports := 1; ports <= 25; ports++ {
 		add(func(m *acpi.Machine) { m.GPUs, m.PCIHole64 = ports, 8<<40 })
 		add(func(m *acpi.Machine) {
 			m.GPUs, m.NVSwitches, m.HotplugOff, m.PCIHole64 = (ports+1)/2, ports/2, true, 8<<40
+		})
+	}
+	for devices := 1; devices <= 12; devices++ {
+		add(func(m *acpi.Machine) { m.NICs, m.Hugepages, m.Expander = devices-1, true, true })
+		add(func(m *acpi.Machine) { m.NVSwitches, m.Hugepages, m.Expander, m.CDROM = devices, true, true, true })
+		add(func(m *acpi.Machine) {
+			m.NVSwitches, m.Hugepages, m.Expander, m.HotplugOff = 2*devices, true, true, true
 		})
 	}
 	random := rand.New(rand.NewPCG(8, 16))
@@ -145,6 +155,7 @@ func matrix() (machines []acpi.Machine) {
 			if m.PCIHole64 > 0 && !m.Hugepages {
 				m.GPUs = random.IntN(7)
 			}
+			m.Expander = m.Hugepages && m.NICs+m.Volumes < 12 && coin()
 		})
 	}
 	return machines
