@@ -10,6 +10,10 @@ import (
 type Profile int
 
 // The known profiles. The zero Profile is none of them.
+//
+// TDX came to QEMU with 10.1. The hosts of before run lines of Intel and Canonical that
+// reported all interrupts as edges, because the TDX module lets nobody see an EOI. The series
+// dropped that before it was merged, so 9.2 and later report what stock machines do.
 const (
 	QEMU8    Profile = iota + 1 // 8.0 to 8.2 of the TDX line that Intel and Canonical shipped
 	QEMU9_1                     // 9.0 and 9.1 of that line
