@@ -40,19 +40,23 @@ This checks no signature: whether the quote is genuine is not known.`,
 			if err != nil {
 				return err
 			}
-			c, err := machine.observed(&o, embedded)
+			c, notes, err := machine.observed(&o, embedded)
 			if err != nil {
 				return err
 			}
-			var note string
-			if o.Image, note, err = files.measurement(cmd, c); err != nil {
+			img, note, err := files.measurement(cmd, c)
+			if err != nil {
 				return usageIfUnmodelled(err)
+			}
+			o.Image = img
+			if note != "" {
+				notes = append(notes, note)
 			}
 			x, err := image.Explain(o)
 			if err != nil {
 				return usageUnlessCoded(err)
 			}
-			return printExplanation(cmd, x, note)
+			return printExplanation(cmd, x, notes)
 		},
 	}
 	cmd.Flags().StringVar(&eventLog, "event-log", "", "the event log")
@@ -64,11 +68,10 @@ This checks no signature: whether the quote is genuine is not known.`,
 }
 
 // observed sets the machine: as described by flags, else as embedded beside the log, else
-// none.
-func (f *machineFlags) observed(o *image.Observation, embedded string) (*image.VMConfig, error) {
-	var c *image.VMConfig
+// none. One that is not modelled is left out, and notes say so: the rest of the log can be
+// judged all the same.
+func (f *machineFlags) observed(o *image.Observation, embedded string) (c *image.VMConfig, notes []string, err error) {
 	var m image.Machine
-	var err error
 	switch {
 	case f.vmConfig != "" || f.cpu != 0:
 		m, c, err = f.machine()
@@ -80,10 +83,13 @@ func (f *machineFlags) observed(o *image.Observation, embedded string) (*image.V
 			err = f.refine(&m)
 		}
 	default:
-		return nil, nil
+		return nil, nil, nil
+	}
+	if errors.As(err, new(*image.UnmodelledError)) {
+		return c, []string{err.Error()}, nil
 	}
 	o.Machine = &m
-	return c, usageUnlessCoded(err)
+	return c, nil, usageUnlessCoded(err)
 }
 
 // readObservation reads the event log, the quote, and a vm_config that is with the log.
@@ -181,7 +187,7 @@ type explainReply struct {
 	Layout    string             `json:"layout,omitempty"`
 	MemoryMiB uint64             `json:"memory_mib,omitempty"`
 	Tables    string             `json:"acpi_tables,omitempty"`
-	Note      string             `json:"note,omitempty"`
+	Notes     []string           `json:"notes,omitempty"`
 	First     *explainedEvent    `json:"first_divergence"`
 	Registers []explainedMeasure `json:"registers,omitempty"`
 	Events    []explainedEvent   `json:"events"`
@@ -205,8 +211,8 @@ type explainedMeasure struct {
 	Hint    string `json:"hint"`
 }
 
-func newExplainReply(x *image.Explanation, note string) explainReply {
-	r := explainReply{Schema: "tdx-agent/image-explain/v1", Match: x.OK(), Firmware: string(x.Firmware), Layout: x.Layout, MemoryMiB: x.Memory >> 20, Note: note, Events: []explainedEvent{}}
+func newExplainReply(x *image.Explanation, notes []string) explainReply {
+	r := explainReply{Schema: "tdx-agent/image-explain/v1", Match: x.OK(), Firmware: string(x.Firmware), Layout: x.Layout, MemoryMiB: x.Memory >> 20, Notes: notes, Events: []explainedEvent{}}
 	if x.Tables != nil {
 		r.Tables = x.Tables.String()
 	}
@@ -227,8 +233,8 @@ func newExplainReply(x *image.Explanation, note string) explainReply {
 	return r
 }
 
-func printExplanation(cmd *cobra.Command, x *image.Explanation, note string) error {
-	r := newExplainReply(x, note)
+func printExplanation(cmd *cobra.Command, x *image.Explanation, notes []string) error {
+	r := newExplainReply(x, notes)
 	var err error
 	if wantJSON(cmd) {
 		err = json.NewEncoder(cmd.OutOrStdout()).Encode(r)
@@ -267,10 +273,11 @@ func showExplanation(out io.Writer, r *explainReply) {
 	for _, m := range r.Registers {
 		fmt.Fprintf(out, "%-8s  %-11s  %s  %s\n", m.Name, m.Verdict, m.Quoted, m.Hint)
 	}
-	for _, s := range []string{r.Tables, r.Note} {
-		if s != "" {
-			fmt.Fprintln(out, s)
-		}
+	if r.Tables != "" {
+		fmt.Fprintln(out, r.Tables)
+	}
+	for _, n := range r.Notes {
+		fmt.Fprintln(out, "note:", quoted(n))
 	}
 }
 

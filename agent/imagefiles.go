@@ -20,7 +20,9 @@ type firmwareReply struct {
 	TwoPass    string            `json:"mrtd_two_pass"`
 	CFV        string            `json:"cfv"`
 	Witness    string            `json:"td_hob_witness"`
-	SecureBoot bool              `json:"secure_boot_keys"`
+	Keys       bool              `json:"secure_boot_keys"`
+	SecureBoot string            `json:"secure_boot"`      // "built-in", "absent", or "unknown"
+	Profile    string            `json:"firmware_profile"` // "unknown" where the drivers cannot be read
 	Sections   []firmwareSection `json:"sections"`
 }
 
@@ -52,7 +54,8 @@ func newImageFirmware() *cobra.Command {
 			if wantJSON(cmd) {
 				return json.NewEncoder(out).Encode(r)
 			}
-			fmt.Fprintf(out, "mrtd two-pass     %s\nmrtd single-pass  %s\ncfv               %s\ntd_hob witness    %s\nsecure boot keys  %v\n", r.TwoPass, r.SinglePass, r.CFV, r.Witness, r.SecureBoot)
+			fmt.Fprintf(out, "mrtd two-pass     %s\nmrtd single-pass  %s\ncfv               %s\ntd_hob witness    %s\nsecure boot       %s, keys enrolled: %v\nprofile           %s\n",
+				r.TwoPass, r.SinglePass, r.CFV, r.Witness, r.SecureBoot, r.Keys, r.Profile)
 			for _, s := range r.Sections {
 				fmt.Fprintf(out, "%-9s file %#x+%#x, memory %#x+%#x, attributes %d\n", s.Type, s.Offset, s.RawSize, s.Address, s.MemorySize, s.Attributes)
 			}
@@ -76,9 +79,15 @@ func firmwareOf(b []byte) (*firmwareReply, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &firmwareReply{Schema: "tdx-agent/image-firmware/v1", SinglePass: one.String(), TwoPass: two.String(), CFV: fw.CFV().String(), Witness: hex.EncodeToString(fw.Layout().Witness())}
+	r := &firmwareReply{Schema: "tdx-agent/image-firmware/v1", SinglePass: one.String(), TwoPass: two.String(), CFV: fw.CFV().String(), Witness: hex.EncodeToString(fw.Layout().Witness()), SecureBoot: "unknown", Profile: "unknown"}
+	if c, err := fw.Inspect(); err == nil {
+		r.SecureBoot, r.Profile = "absent", string(c.Profile())
+		if c.SecureBoot {
+			r.SecureBoot = "built-in"
+		}
+	}
 	for _, v := range fw.SecureBootVariables() {
-		r.SecureBoot = r.SecureBoot || len(v) > 0
+		r.Keys = r.Keys || len(v) > 0
 	}
 	for _, s := range fw.Sections {
 		r.Sections = append(r.Sections, firmwareSection{s.Type.String(), s.DataOffset, s.RawDataSize, s.Address, s.MemorySize, s.Attributes})

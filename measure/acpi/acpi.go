@@ -1,5 +1,23 @@
 // Package acpi builds the ACPI tables that QEMU gives the firmware of a q35 machine, byte
-// for byte: the fw_cfg files etc/acpi/tables, etc/acpi/rsdp and etc/table-loader.
+// for byte: the fw_cfg files etc/acpi/tables, etc/acpi/rsdp and etc/table-loader, whose
+// digests the firmware of a TD measures into RTMR0. With them, RTMR0 is known from the
+// configuration of the machine alone; no QEMU is run.
+//
+// [Build] is the call. It builds what is known and refuses the rest: a wrong guess would look
+// like a manipulated machine. What a profile's bytes were held against is what
+// [Profile.Proven] says; the tests do it again.
+//
+//   - QEMU 8: event logs of dstack guests on TDX hardware.
+//   - QEMU 9.2: RTMR0 that is published for a GPU guest. With hotplug, and for 9.0, 9.1 and
+//     11.0, there are only digests that dstack publishes for its own model.
+//   - QEMU 10 and 11.1: whole files of stock QEMUs, which the tests run over qtest, with up to
+//     1300 vCPUs; 4096 by a digest that dstack publishes. RTMR0 of hardware has not been seen.
+//   - SMM, HPET and hugepages on QEMU 8 and 9: what QEMU 7.2 and 10 have in common.
+//   - GPUs and NVSwitches on QEMU 8, 9.0 and 9.1, without hotplug: unproven, as 9.2 has them.
+//
+// Two facts are taken as given that a configuration does not tell: the firmware is OVMF, which
+// puts the 64-bit window where a processor of 46 address bits has its last eighth, and the
+// machine has a device with a 64-bit BAR, as all virtio devices are.
 package acpi
 
 import "slices"

@@ -45,6 +45,10 @@ func TestUnknown(t *testing.T) {
 			m.QEMU, m.GPUs, m.PCIHole64 = acpi.QEMU9_2, 1, 8<<40
 		}, "QEMU 9.2 with hotplug and GPUs"},
 		{"GPUs without a window", func(m *acpi.Machine) { m.GPUs = 1 }, "GPUs without a pci-hole64-size"},
+		{"an expander without a node", func(m *acpi.Machine) { m.Expander = true }, "expander without hugepages"},
+		{"an expander before QEMU 10", func(m *acpi.Machine) { m.QEMU, m.Hugepages, m.Expander = acpi.QEMU9_2, true, true }, "QEMU 9.2 with an expander"},
+		{"a device where the expander goes", func(m *acpi.Machine) { m.NICs, m.Hugepages, m.Expander = 12, true, true }, "slot 16"},
+		{"a slot too few beside an expander", func(m *acpi.Machine) { m.NVSwitches, m.Hugepages, m.Expander = 25, true, true }, "31 devices"},
 		{"GPUs and hugepages", func(m *acpi.Machine) { m.GPUs, m.PCIHole64, m.Hugepages = 1, 8<<40, true }, "hugepages with GPUs"},
 	} {
 		m := sample()
@@ -108,7 +112,7 @@ func FuzzBuild(f *testing.F) {
 		bit := func(n int) bool { return flags>>n&1 > 0 }
 		got, err := acpi.Build(acpi.Machine{
 			QEMU: acpi.Profile(profile), CPUs: cpus, Memory: memory, NICs: nics, Volumes: volumes, GPUs: gpus, NVSwitches: switches,
-			PIC: bit(0), SMM: bit(1), HPET: bit(2), HotplugOff: bit(3), CDROM: bit(4), Hugepages: bit(5), PCIHole64: hole,
+			PIC: bit(0), SMM: bit(1), HPET: bit(2), HotplugOff: bit(3), CDROM: bit(4), Hugepages: bit(5), Expander: bit(6), PCIHole64: hole,
 		})
 		if err != nil {
 			return

@@ -45,6 +45,9 @@ func arguments(m acpi.Machine) []string {
 	} else {
 		args = append(args, "-machine", "memory-backend=mem0")
 	}
+	if m.Expander {
+		device("pxb-pcie,id=node,bus=pcie.0,addr=10,numa_node=0,bus_nr=5")
+	}
 	for port := range m.GPUs + m.NVSwitches {
 		device(fmt.Sprintf("pcie-root-port,id=pci.%d,bus=pcie.0,chassis=%d", port, port))
 		device(fmt.Sprintf("virtio-rng-pci,bus=pci.%d", port))
@@ -58,28 +61,38 @@ func arguments(m acpi.Machine) []string {
 	return args
 }
 
-// dump is what a stock QEMU serves for m after the firmware has set up what the tables
-// tell of: the configuration window, the power management block and a first 64-bit BAR.
+const (
+	hostBridge = 0
+	firstSlot  = 1 << 3
+	lpc        = 0x1f << 3
+)
+
+// dump is what a stock QEMU serves for m.
 func dump(qemu string, m acpi.Machine) (*acpi.Tables, error) {
 	q, err := startQEMU(qemu, arguments(m))
 	if err != nil {
 		return nil, err
 	}
 	defer q.close()
-	const hostBridge, firstSlot, lpc = 0, 1 << 3, 0x1f << 3
-	q.pci(hostBridge, 0x64, "l", 0)
-	q.pci(hostBridge, 0x60, "l", 0xe0000001) // PCIEXBAR
-	q.pci(lpc, 0x40, "l", 0x600)             // PMBASE
-	q.pci(lpc, 0x44, "b", 0x80)              // ACPI_CNTL
-	q.pci(firstSlot, 0x20, "l", 0)           // BAR 4 of a virtio device
-	q.pci(firstSlot, 0x24, "l", 0x3800)
-	q.pci(firstSlot, 0x04, "w", 7)
+	q.firmware(0x3800_0000_0000)
 	t := &acpi.Tables{
 		Loader: q.file("etc/table-loader"),
 		RSDP:   q.file("etc/acpi/rsdp"),
 		Tables: q.file("etc/acpi/tables"),
 	}
 	return t, q.err
+}
+
+// firmware sets up what the tables tell of: the configuration window, the power management
+// block and the 64-bit BAR of the first virtio device.
+func (m *qtestMachine) firmware(bar uint64) {
+	m.pci(hostBridge, 0x64, "l", 0)
+	m.pci(hostBridge, 0x60, "l", 0xe0000001) // PCIEXBAR
+	m.pci(lpc, 0x40, "l", 0x600)             // PMBASE
+	m.pci(lpc, 0x44, "b", 0x80)              // ACPI_CNTL
+	m.pci(firstSlot, 0x20, "l", bar&0xffff_ffff)
+	m.pci(firstSlot, 0x24, "l", bar>>32)
+	m.pci(firstSlot, 0x04, "w", 7)
 }
 
 // matrix is the machines to compare: each knob over its range on a small machine, then
@@ -113,13 +126,20 @@ func matrix() (machines []acpi.Machine) {
 	for bits := range 64 {
 		add(func(m *acpi.Machine) {
 			m.PIC, m.SMM, m.HPET, m.HotplugOff = bits&1 > 0, bits&2 > 0, bits&4 > 0, bits&8 > 0
-			m.CDROM, m.Hugepages = bits&16 > 0, bits&32 > 0
+			m.CDROM, m.Hugepages, m.Expander = bits&16 > 0, bits&32 > 0, bits&36 == 36
 		})
 	}
 	for ports := 1; ports <= 25; ports++ {
 		add(func(m *acpi.Machine) { m.GPUs, m.PCIHole64 = ports, 8<<40 })
 		add(func(m *acpi.Machine) {
 			m.GPUs, m.NVSwitches, m.HotplugOff, m.PCIHole64 = (ports+1)/2, ports/2, true, 8<<40
+		})
+	}
+	for devices := 1; devices <= 12; devices++ {
+		add(func(m *acpi.Machine) { m.NICs, m.Hugepages, m.Expander = devices-1, true, true })
+		add(func(m *acpi.Machine) { m.NVSwitches, m.Hugepages, m.Expander, m.CDROM = devices, true, true, true })
+		add(func(m *acpi.Machine) {
+			m.NVSwitches, m.Hugepages, m.Expander, m.HotplugOff = 2*devices, true, true, true
 		})
 	}
 	random := rand.New(rand.NewPCG(8, 16))
@@ -135,6 +155,7 @@ func matrix() (machines []acpi.Machine) {
 			if m.PCIHole64 > 0 && !m.Hugepages {
 				m.GPUs = random.IntN(7)
 			}
+			m.Expander = m.Hugepages && m.NICs+m.Volumes < 12 && coin()
 		})
 	}
 	return machines

@@ -16,6 +16,9 @@ func (a *aml) dsdt(m *Machine, d dialect) {
 		a.text("ACPI0006")
 	})
 	a.cpuHotplug(m, d)
+	if m.Expander {
+		a.expander()
+	}
 	a.hostBridgeResources(m)
 	a.sleepStates()
 	a.firmwareConfig()
@@ -93,7 +96,7 @@ func (a *aml) operatingSystemControl(nativeHotplug bool) {
 func (a *aml) hostBridgeResources(m *Machine) {
 	a.block(scopeOp, root+dualName+"_SB_"+"PCI0", func() {
 		a.resources("_CRS", func() {
-			a.word(busRange, 0, 0, 0xff)
+			a.word(busRange, 0, 0, m.lastBus())
 			a.ports(0xcf8, 1, 8)
 			a.word(ioRange, entireIORange, 0, 0xcf7)
 			a.word(ioRange, entireIORange, 0xd00, 0xffff)

@@ -130,16 +130,16 @@ func (a *aml) rootPort(m *Machine, slot, bus int) {
 
 // slotEvents writes the handler of the hotplug event, which asks each port.
 func (a *aml) slotEvents(m *Machine) {
-	devices, ports := m.slots()
+	_, ports := m.slots()
 	if ports > 0 {
 		a.block(scopeOp, root+dualName+"_SB_"+"PCI0", func() {
 			for bus := range ports {
-				a.portEvents(slotName((devices+ports-bus)<<3), bus)
+				a.portEvents(slotName(m.portSlot(ports-1-bus)<<3), bus)
 			}
 			a.method("PCNT", 0, func() {
 				for bus := range ports {
 					a.put(parent + dualName)
-					name := slotName((devices + ports - bus) << 3)
+					name := slotName(m.portSlot(ports-1-bus) << 3)
 					a.b = append(a.b, name[:]...)
 					a.put("PCNT")
 				}

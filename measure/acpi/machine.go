@@ -35,6 +35,7 @@ type Machine struct {
 	GPUs       int  // passed-through GPUs, each behind a PCIe root port
 	NVSwitches int  // passed-through NVSwitches, each behind a PCIe root port
 	Hugepages  bool // RAM comes from hugepages, which gives the machine a NUMA node and an SRAT
+	Expander   bool // the node has its own host bridge: dstack's VMM gives all machines on hugepages one
 
 	// PCIHole64 is the machine's pci-hole64-size in bytes; 0 is QEMU's default of 32 GiB. QEMU
 	// makes the window larger where the BARs of GPUs need it, which cannot be known here: with
@@ -79,9 +80,19 @@ func (m *Machine) checkDevices(d dialect) error {
 		}
 	}
 	devices, ports := m.slots()
+	all := devices + ports
+	if m.Expander {
+		all++
+	}
 	switch {
-	case devices+ports > maxSlots:
-		return fmt.Errorf("acpi: %d devices: the root bus has %d slots", devices+ports, maxSlots)
+	case all > maxSlots:
+		return fmt.Errorf("acpi: %d devices: the root bus has %d slots", all, maxSlots)
+	case m.Expander && devices >= expanderSlot:
+		return fmt.Errorf("acpi: %d devices: one is in slot %d, where the expander has to be", devices, expanderSlot)
+	case m.Expander && !m.Hugepages:
+		return errors.New("acpi: an expander without hugepages: there is no NUMA node it could be of")
+	case m.Expander && !d.routedExpander:
+		return fmt.Errorf("acpi: %v with an expander, as machines on hugepages have: tables not known", m.QEMU)
 	case ports > 0 && !m.HotplugOff && d.portsNoHotplug:
 		return fmt.Errorf("acpi: %v with hotplug and GPUs or NVSwitches: tables not known", m.QEMU)
 	case m.GPUs > 0 && m.PCIHole64 == 0:
@@ -108,11 +119,22 @@ func (m *Machine) hole64() uint64 {
 	return (m.PCIHole64 + gib - 1) &^ (gib - 1)
 }
 
-// slots counts the devices and after them the root ports in the slots of the root bus.
+// slots counts the devices of the root bus, which are in its first slots, and the root
+// ports, which come after them.
 func (m *Machine) slots() (devices, ports int) {
 	devices = 3 + m.Volumes + m.NICs // dstack's data disk, vsock, the host share
 	if !m.CDROM {
 		devices++
 	}
 	return devices, m.GPUs + m.NVSwitches
+}
+
+// portSlot is the slot of root port number i: the next free one.
+func (m *Machine) portSlot(i int) int {
+	devices, _ := m.slots()
+	slot := 1 + devices + i
+	if m.Expander && slot >= expanderSlot {
+		slot++
+	}
+	return slot
 }

@@ -10,6 +10,10 @@ import (
 type Profile int
 
 // The known profiles. The zero Profile is none of them.
+//
+// TDX came to QEMU with 10.1. The hosts of before run lines of Intel and Canonical that
+// reported all interrupts as edges, because the TDX module lets nobody see an EOI. The series
+// dropped that before it was merged, so 9.2 and later report what stock machines do.
 const (
 	QEMU8    Profile = iota + 1 // 8.0 to 8.2 of the TDX line that Intel and Canonical shipped
 	QEMU9_1                     // 9.0 and 9.1 of that line
@@ -27,6 +31,7 @@ type dialect struct {
 	needsPIC       bool                // what the MADT says of a machine without PIC is not known
 	maxCPUs        int                 // up to which tables are known
 	portsNoHotplug bool                // root ports are known on machines without hotplug only
+	routedExpander bool                // an expander has a table of its interrupt routes
 	labelAlways    bool                // PDSM names an index even where a device has none
 	deferredEject  bool                // CSCN notifies of removals after its scan
 	selectorReset  bool                // PRES has an _INI that selects processor 0
@@ -41,7 +46,7 @@ const (
 )
 
 func (p Profile) dialect() (d dialect, known bool) {
-	stock := dialect{interruptFlags: levelTriggered, overrides: chipsetOverrides, deferredEject: true, maxCPUs: 4096}
+	stock := dialect{interruptFlags: levelTriggered, overrides: chipsetOverrides, routedExpander: true, deferredEject: true, maxCPUs: 4096}
 	tdx := dialect{interruptFlags: edgeTriggered, overrides: edgeOverrides,
 		portsNoHotplug: true, labelAlways: true, selectorReset: true, maxCPUs: 254}
 	switch p {
@@ -54,7 +59,8 @@ func (p Profile) dialect() (d dialect, known bool) {
 		d.name, d.proven = "QEMU 9.0/9.1", "unproven: digests that dstack publishes for its own model of QEMU 9.1"
 	case QEMU9_2:
 		d = stock
-		d.portsNoHotplug, d.deferredEject, d.selectorReset, d.maxCPUs = true, false, true, 254
+		d.maxCPUs, d.portsNoHotplug, d.routedExpander = 254, true, false
+		d.deferredEject, d.selectorReset = false, true
 		d.name, d.proven = "QEMU 9.2", "registers published for a GPU guest without hotplug (QEMU 9.2.1); with hotplug unproven"
 	case QEMU10:
 		d = stock

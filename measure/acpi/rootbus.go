@@ -2,8 +2,8 @@ package acpi
 
 // Slots of the root bus.
 const (
-	hostBridgeSlot = 0
-	chipsetSlot    = 0x1f // ISA bridge, and functions 2 and 3: AHCI and SMBus
+	expanderSlot = 0x10 // as dstack asks for
+	chipsetSlot  = 0x1f // ISA bridge, and functions 2 and 3: AHCI and SMBus
 )
 
 // rootBus writes a device for each function of the root bus.
@@ -14,8 +14,17 @@ func (a *aml) rootBus(m *Machine, d dialect) {
 			for slot := range 1 + devices {
 				a.pciDevice(slot, 0, func() {})
 			}
+			expander := m.Expander
 			for i := range ports {
-				a.rootPort(m, 1+devices+i, ports-1-i)
+				slot := m.portSlot(i)
+				if expander && slot > expanderSlot {
+					a.pciDevice(expanderSlot, 0, func() {})
+					expander = false
+				}
+				a.rootPort(m, slot, ports-1-i)
+			}
+			if expander {
+				a.pciDevice(expanderSlot, 0, func() {})
 			}
 			a.pciDevice(chipsetSlot, 0, func() { a.isaBridge(d) })
 			a.pciDevice(chipsetSlot, 2, func() {})

@@ -84,3 +84,14 @@ func BenchmarkImage(b *testing.B) {
 		}
 	})
 }
+
+// BenchmarkDebianImage measures an image of real files: its firmware's drivers are
+// decompressed as well.
+func BenchmarkDebianImage(b *testing.B) {
+	path := debianImage(b)
+	for b.Loop() {
+		if _, err := static(b, path); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -258,3 +258,40 @@ func FuzzExplain(f *testing.F) {
 		}
 	})
 }
+
+// TestTableLengthsOfMachines finds the vCPUs of machines of every profile from two digests
+// that are calculated, and explains the log without a configuration.
+func TestTableLengthsOfMachines(t *testing.T) {
+	p := platform(t, image.DstackLayout05())
+	for _, m := range []image.Machine{
+		{QEMU: "8.2.2", VCPUs: 3, MemoryBytes: 3 << 30},
+		{QEMU: "8.2.2", VCPUs: 200, MemoryBytes: 512 << 30},
+		{QEMU: "9.2.1", VCPUs: 16, MemoryBytes: 64 << 30, HotplugOff: true, GPUs: 1, PCIHole64: 1 << 40},
+		{QEMU: "10.0.2", VCPUs: 2, MemoryBytes: 1 << 30},
+		{QEMU: "11.1.0", VCPUs: 4, MemoryBytes: 4 << 30, Volumes: 2},
+		{QEMU: "8.2.2", VCPUs: 4, MemoryBytes: 8 << 30, Hugepages: true},
+		{QEMU: "10.0.2", VCPUs: 8, MemoryBytes: 1 << 30, Hugepages: true},
+	} {
+		m.NICs, m.Root = 1, image.RootVirtio
+		events, err := p.RTMR0(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var log []measure.Event
+		for _, e := range events {
+			log = append(log, measure.Event{IMR: e.IMR, Type: e.Type, Digest: e.Digest})
+		}
+		x, err := image.Explain(image.Observation{Events: log})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if x.Tables == nil || x.Tables.VCPUs != m.VCPUs || (x.Tables.SRAT > 0) != m.Hugepages {
+			t.Errorf("%+v: lengths are %v", m, x.Tables)
+		}
+		for _, f := range x.Findings {
+			if f.Name == "acpi-tables" && f.Verdict != image.Match && m.GPUs == 0 { // GPUs are too many changes away
+				t.Errorf("%+v: %s, %s", m, f.Verdict, f.Hint)
+			}
+		}
+	}
+}

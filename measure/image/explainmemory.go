@@ -82,6 +82,9 @@ func (e *explainer) hobJudgement(memory uint64, l namedLayout) judgement {
 
 // searchMemory tries the sizes of memory that machines have: whole MiB, then coarser.
 func searchMemory(want measure.Digest, layouts []namedLayout) (uint64, namedLayout) {
+	if want.IsZero() { // the log has no TD HOB
+		return 0, namedLayout{}
+	}
 	for _, l := range layouts {
 		for _, part := range []struct{ to, step uint64 }{{16 << 30, 1 << 20}, {256 << 30, 64 << 20}, {8 << 40, 1 << 30}} {
 			for memory := part.step; memory <= part.to; memory += part.step {

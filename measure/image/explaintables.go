@@ -153,13 +153,16 @@ type change struct {
 // vCPUs, which are taken from the log where they were found out, and the root disk where
 // it is not known.
 func searchMachine(base Machine, memory uint64, t *TableLengths, got [3]measure.Digest) (found *Machine, ways []string) {
+	if t == nil { // every machine's tables have lengths
+		return nil, nil
+	}
 	start := base
 	var fixed []string
 	if memory != 0 && memory != base.MemoryBytes {
 		start.MemoryBytes = memory
 		fixed = append(fixed, fmt.Sprintf("memory = %d MiB", memory>>20))
 	}
-	if t != nil && t.VCPUs != base.VCPUs {
+	if t.VCPUs != base.VCPUs {
 		start.VCPUs = t.VCPUs
 		fixed = append(fixed, fmt.Sprintf("vCPUs = %d", t.VCPUs))
 	}

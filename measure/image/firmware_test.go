@@ -26,6 +26,7 @@ type firmware struct {
 	total    uint16 // length of the table; 0: the right one
 	footer   []byte
 	store    []byte // of variables
+	code     []byte // what the code begins with
 }
 
 const (
@@ -95,6 +96,7 @@ func (f *firmware) bytes() []byte {
 		b[i] = byte(i>>8) ^ byte(i)
 	}
 	copy(b, f.store)
+	copy(b[len(f.store):f.size-0x1000-16], f.code)
 	meta := f.size - 0x1000
 	copy(b[meta-16:], f.guid)
 	copy(b[meta:], f.magic)

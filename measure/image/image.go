@@ -214,15 +214,32 @@ func (img *Image) measureFirmware(m *Measurement) error {
 	return m.takeFirmware(t)
 }
 
-func (m *Measurement) takeFirmware(t *TDVF) (err error) {
+// takeFirmware looks into the firmware while it hashes it.
+func (m *Measurement) takeFirmware(t *TDVF) error {
 	cfv := t.section(SectionCFV)
 	m.Layout, m.CFV, m.cfvAt = t.Layout(), t.CFV(), MemoryRange{cfv.Address, cfv.MemorySize}
-	m.variables, m.storeErr = t.measuredVariables()
-	if m.MRTDTwoPass, err = t.MRTD(TwoPass); err != nil {
+	var g errgroup.Group
+	g.Go(func() error { m.takeContents(t); return nil })
+	g.Go(func() (err error) {
+		if m.MRTDTwoPass, err = t.MRTD(TwoPass); err == nil {
+			m.MRTDSinglePass, err = t.MRTD(SinglePass)
+		}
 		return err
+	})
+	return g.Wait()
+}
+
+// takeContents derives variables and profile. Where the contents are not readable they
+// are taken to be those of dstack's OVMF: UiApp, and no Secure Boot.
+func (m *Measurement) takeContents(t *TDVF) {
+	contents, err := t.Inspect()
+	if err != nil {
+		contents = nil
 	}
-	m.MRTDSinglePass, err = t.MRTD(SinglePass)
-	return err
+	m.variables, m.storeErr = t.measuredVariables(contents)
+	if contents != nil && m.Firmware == "" {
+		m.Firmware = contents.Profile()
+	}
 }
 
 func (img *Image) measureKernel(m *Measurement) error {

@@ -68,7 +68,7 @@ type Machine struct {
 	GPUs, NVSwitches int
 	Root             RootDisk
 
-	Firmware FirmwareProfile // "": what the image says, else Pre202505
+	Firmware FirmwareProfile // "": what the image or its firmware says, else Pre202505
 	Kernel   KernelMode
 
 	// SMBIOS is the digest of the event that Stable202505 cannot predict. It is the

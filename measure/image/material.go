@@ -129,8 +129,8 @@ func (m *Measurement) Material() ([]byte, error) {
 	if m.kernelErr != nil {
 		return nil, m.kernelErr
 	}
-	if m.CFV != blankStoreDigest() {
-		return nil, unmodelled(MaterialFile, "it cannot express a variable store other than OVMF's blank one of the 4 MiB build")
+	if m.CFV != blankStoreDigest() || m.variables[0] != nil {
+		return nil, unmodelled(MaterialFile, "it cannot express a firmware with Secure Boot, or a variable store other than OVMF's blank one of the 4 MiB build")
 	}
 	if m.normalized {
 		return nil, unmodelled(MaterialFile, "version 3 cannot express a normalized kernel header")

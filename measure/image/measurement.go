@@ -20,7 +20,7 @@ type Measurement struct {
 	Kernel         measure.Digest  // patched for a guest with 2 GiB or at least 2816 MiB
 	CommandLine    measure.Digest  // with " initrd=initrd", as measured
 	Initrd         measure.Digest  //
-	Firmware       FirmwareProfile // "" where the image does not say
+	Firmware       FirmwareProfile // of the image's metadata, else of its firmware's drivers; "" if neither says
 	Root           RootDisk        // zero where the image does not say
 	OSImageHash    []byte          // 32 bytes, or nil
 

@@ -82,9 +82,10 @@ func parseVariables(b []byte) (map[variableName][]byte, error) {
 	return vars, nil
 }
 
-// SecureBootVariables returns the data of SecureBoot, PK, KEK, db and dbx as the firmware
-// measures them, nil for one that does not exist. SecureBoot is not stored: the firmware
-// derives it from PK and SecureBootEnable, and without PK does not create it.
+// SecureBootVariables returns the data of SecureBoot, PK, KEK, db and dbx that follow from
+// the variable store, nil for one that does not exist. SecureBoot is not stored: the
+// firmware derives it from PK and SecureBootEnable. Without PK it exists, as 0, only in a
+// firmware that is built with Secure Boot, which [TDVF.Inspect] tells.
 func (t *TDVF) SecureBootVariables() (data [5][]byte) {
 	for i, v := range secureVariables {
 		data[i] = t.vars[v]
@@ -99,9 +100,9 @@ func (t *TDVF) SecureBootVariables() (data [5][]byte) {
 	return data
 }
 
-// measuredVariables returns the variables, and an error if the store has something
-// that leads to further events or to other boot options.
-func (t *TDVF) measuredVariables() ([5][]byte, error) {
+// measuredVariables returns the variables, and an error if the firmware has something
+// that leads to further events or to other boot options. Its contents may be unknown.
+func (t *TDVF) measuredVariables(c *Contents) ([5][]byte, error) {
 	data := t.SecureBootVariables()
 	for i, v := range secureVariables {
 		if len(data[i]) > 0 {
@@ -112,6 +113,15 @@ func (t *TDVF) measuredVariables() ([5][]byte, error) {
 		if v.guid == guidGlobal && strings.HasPrefix(v.name, "Boot") {
 			return data, unmodelled("firmware", "its variable store has boot options")
 		}
+	}
+	if c == nil {
+		return data, nil
+	}
+	if !c.SetupApp {
+		return data, unmodelled("firmware", "it has no UiApp, so its boot options are not known")
+	}
+	if c.SecureBoot {
+		data[0] = []byte{0}
 	}
 	return data, nil
 }
