@@ -249,7 +249,13 @@ func bootRegister(q *measure.Quote, i int) measure.Digest {
 	return q.Body.RTMR[i-1]
 }
 
-// closestImage returns the image of which most registers match, the first of equals.
+// fitsPlatform reports whether all holds that an image says of the platform.
+func (image *Image) fitsPlatform(b *measure.TDBody) bool {
+	return (len(image.MRSEAM) == 0 || slices.Contains(image.MRSEAM, b.MRSEAM)) && atLeast(b.TEETCBSVN[:], image.MinTEETCBSVN) && (image.XFAM == nil || image.XFAM.matches(b.XFAM[:]))
+}
+
+// closestImage returns the image of which most registers match, and of those the one
+// that else fits best; the first of equals.
 func (e *Entry) closestImage(c *Claims) *Image {
 	best, most := &e.images[0], -1
 	for k := range e.images {
@@ -260,6 +266,9 @@ func (e *Entry) closestImage(c *Claims) *Image {
 			}
 		}
 		if len(image.OSImageHash) == 0 || image.hasHash(c) {
+			n++
+		}
+		if image.fitsPlatform(&c.Quote.Body) {
 			n++
 		}
 		if n > most {

@@ -186,3 +186,17 @@ func TestBootLogAlone(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestImagesOfEqualRegisters has two images of the same registers, which differ in what they
+// say of the platform: the one that fits counts, in either order.
+func TestImagesOfEqualRegisters(t *testing.T) {
+	a := newAttester(t, tdxsim.Config{}, nil)
+	text := a.policyText(t, "", "", "")
+	other := strings.Replace(text[strings.Index(text, "[image.test]"):], "[image.test]", "[image.other]", 1) + "min_tee_tcb_svn = \"ff\"\n"
+	for _, images := range []string{`["test", "other"]`, `["other", "test"]`} {
+		p := parsePolicy(t, strings.Replace(text, `image = ["test"]`, "image = "+images, 1)+other)
+		if _, err := newVerifier(t, p, a.bundle).Appraise(context.Background(), a.evidence(t, measure.ReportData{}), anyData); err != nil {
+			t.Errorf("%s: %v", images, err)
+		}
+	}
+}
