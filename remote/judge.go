@@ -82,9 +82,12 @@ func (e *Entry) judgeTCB(s *sheet, c *Claims, at time.Time) {
 		return got, fmt.Sprint(t.TCBStatus), "update what is too low, or accept the status in tcb_status"
 	})
 	s.check(TCB, "advisories", t.acceptsAdvisories(r.Merged.Advisories), func() (string, string, string) {
-		want := fmt.Sprintf("none but %v", t.AdvisoriesAllow)
-		if t.AllowAnyAdvisory {
+		want := "none"
+		switch {
+		case t.AllowAnyAdvisory:
 			want = fmt.Sprintf("none of %v", t.AdvisoriesDeny)
+		case len(t.AdvisoriesAllow) > 0:
+			want = fmt.Sprintf("none but %v, and none of %v", t.AdvisoriesAllow, t.AdvisoriesDeny)
 		}
 		return fmt.Sprint(r.Merged.Advisories), want, "update the platform, or accept them in advisories_allow"
 	})
