@@ -200,3 +200,17 @@ func TestImagesOfEqualRegisters(t *testing.T) {
 		}
 	}
 }
+
+// TestSkeletonOfContradictions writes no application into a policy that the log's own
+// events contradict.
+func TestSkeletonOfContradictions(t *testing.T) {
+	a := newAttester(t, tdxsim.Config{}, append(bootEvents(t), event(t, measure.EventAppID, make([]byte, 20))))
+	v := newVerifier(t, remote.BuiltinPolicy(a.root), a.bundle)
+	_, err := v.Appraise(context.Background(), a.evidence(t, measure.ReportData{}), anyData)
+	wantRefused(t, err, "identity", "identity_events", false)
+	rejection, _ := errors.AsType[*remote.Rejection](err)
+	text, err := rejection.Result.Claims.Skeleton()
+	if err != nil || strings.Contains(text, "\napp_id") || !strings.Contains(text, "allow_any_app = true") {
+		t.Errorf("got %s, %v", text, err)
+	}
+}
