@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"tdx-agent/remote"
+	"tdx-agent/remote/dcap"
 )
 
 func newPolicy() *cobra.Command {
@@ -115,7 +116,12 @@ func judge(cmd *cobra.Command, in *evidenceFlags, f *verifierFlags, x remote.Exp
 	}
 	ctx, cancel := context.WithTimeout(cmd.Context(), verifyTimeout)
 	defer cancel()
-	return appraise(ctx, v, ev, x)
+	r, err := appraise(ctx, v, ev, x)
+	if err == nil && r.Claims.Report != nil && r.Claims.Report.Root != dcap.IntelRoot() {
+		// Not every form on standard output has a place for it.
+		fmt.Fprintf(cmd.ErrOrStderr(), "SIMULATED: %s; this proves nothing about hardware\n", dcap.RootName(r.Claims.Report.Root))
+	}
+	return r, err
 }
 
 // warnings is a log of what needs attention.

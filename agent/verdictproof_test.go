@@ -34,3 +34,11 @@ func TestVerdictShowsProofAlone(t *testing.T) {
 		t.Errorf("an image that a policy proves: %+v", d.BootInfo)
 	}
 }
+
+// TestNoLevelHasNoDate has a platform that no TCB level matches.
+func TestNoLevelHasNoDate(t *testing.T) {
+	text := tcbProof(&remote.Claims{Report: &dcap.Report{Merged: dcap.TCB{Status: dcap.NotSupported}}})
+	if !strings.Contains(text, "no TCB level matches") || strings.Contains(text, "TCB of") {
+		t.Errorf("got %q", text)
+	}
+}

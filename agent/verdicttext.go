@@ -110,7 +110,11 @@ func tcbProof(c *remote.Claims) string {
 	if len(r.Merged.Advisories) > 0 {
 		parts = append(parts, strings.Join(r.Merged.Advisories, " "))
 	}
-	parts = append(parts, fmt.Sprintf("TCB of %s by evaluation %d, collateral until %s", r.Merged.Date.UTC().Format("2006-01-02"), r.EvaluationTCB, r.CollateralUntil.UTC().Format("2006-01-02")))
+	level := "no TCB level matches"
+	if !r.Merged.Date.IsZero() {
+		level = "TCB of " + r.Merged.Date.UTC().Format("2006-01-02")
+	}
+	parts = append(parts, fmt.Sprintf("%s by evaluation %d, collateral until %s", level, r.EvaluationTCB, r.CollateralUntil.UTC().Format("2006-01-02")))
 	return strings.Join(parts, "; ")
 }
 

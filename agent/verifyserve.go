@@ -22,6 +22,10 @@ import (
 const (
 	maxVerifyBody    = 2*(10<<20) + 4096 // an attestation of dstack's own bound, in hexadecimal
 	maxVerifications = 32                // at once; more are told to come back
+	// Few requests are larger than this, or do not say how large they are, and one takes
+	// some 80 MiB of memory to read: only so many of them at once.
+	largeVerifyBody       = 1 << 20
+	maxLargeVerifications = 2
 )
 
 func newVerifyServe() *cobra.Command {
@@ -110,12 +114,16 @@ func parseVerifyRequest(body io.Reader) (req verifyRequest, err error) {
 }
 
 func verifyHandler(v *remote.Verifier) http.Handler {
-	slots := make(chan struct{}, maxVerifications)
+	small, large := make(chan struct{}, maxVerifications), make(chan struct{}, maxLargeVerifications)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, http.StatusOK, map[string]string{"status": "ok", "service": "dstack-verifier"})
 	})
 	mux.HandleFunc("POST /verify", func(w http.ResponseWriter, r *http.Request) {
+		slots := small
+		if r.ContentLength < 0 || r.ContentLength > largeVerifyBody {
+			slots = large
+		}
 		select {
 		case slots <- struct{}{}:
 			defer func() { <-slots }()

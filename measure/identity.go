@@ -260,19 +260,19 @@ func (e *IdentityError) Error() string {
 // event of a once-only name, a payload of the wrong size or form, and a digest that
 // does not follow from name and payload are all reported, in one *IdentityError;
 // the Identity is then good for display only. So is what could hide an identity event
-// from the reader: an event of RTMR3 of another type, whose digest says nothing of its
-// name, and before system-ready a version 1 event whose name continues a reserved one
-// after a colon, which has the digest of that one too.
+// from the reader: beside identity events one of RTMR3 of another type, whose digest
+// says nothing of its name, and before system-ready a version 1 event whose name
+// continues a reserved one after a colon, which has the digest of that one too.
 func IdentityOf(events []Event) (Identity, error) {
 	var id Identity
-	var findings []IdentityFinding
+	var findings, opaque []IdentityFinding
 	seen := map[string]bool{}
 	for i := range events {
 		e := &events[i]
 		report := func(problem string) { findings = append(findings, IdentityFinding{i, e.Name, problem}) }
 		switch {
 		case e.IMR == RTMR3 && !e.IsRuntime():
-			report(fmt.Sprintf("is in RTMR3 with the type %#x, want %#x: it could be any event of the boot", e.Type, RuntimeEventType))
+			opaque = append(opaque, IdentityFinding{i, e.Name, fmt.Sprintf("is in RTMR3 with the type %#x, want %#x: it could be any event of the boot", e.Type, RuntimeEventType)})
 			continue
 		case !e.IsRuntime():
 			continue
@@ -296,6 +296,9 @@ func IdentityOf(events []Event) (Identity, error) {
 		if err := id.take(e); err != nil {
 			report(err.Error())
 		}
+	}
+	if len(seen) > 0 { // who logs otherwise than dstack claims no identity
+		findings = append(findings, opaque...)
 	}
 	if findings != nil {
 		return id, &IdentityError{findings}

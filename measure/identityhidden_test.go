@@ -31,6 +31,10 @@ func TestIdentityOfHidden(t *testing.T) {
 			t.Errorf("%s: got %v, want an *IdentityError", name, err)
 		}
 	}
+	// A log that is none of dstack's claims nothing.
+	if id, err := measure.IdentityOf([]measure.Event{opaque(true1[0]), opaque(true1[1])}); err != nil || id.Ready || id.AppID != nil {
+		t.Errorf("a log of other types: got %+v, %v", id, err)
+	}
 	// What an application calls its events is its own affair, and version 2 is not ambiguous.
 	v2, err := measure.NewRuntimeEvent("app-id:1", nil, measure.EventV2)
 	if err != nil {

@@ -83,9 +83,12 @@ func (e *Entry) judgeTCB(s *sheet, c *Claims, at time.Time) {
 		return got, fmt.Sprint(t.TCBStatus), "update what is too low, or accept the status in tcb_status"
 	})
 	s.check(TCB, "advisories", t.acceptsAdvisories(r.Merged.Advisories), func() (string, string, string) {
-		want := fmt.Sprintf("none but %v", t.AdvisoriesAllow)
-		if t.AllowAnyAdvisory {
+		want := "none"
+		switch {
+		case t.AllowAnyAdvisory:
 			want = fmt.Sprintf("none of %v", t.AdvisoriesDeny)
+		case len(t.AdvisoriesAllow) > 0:
+			want = fmt.Sprintf("none but %v, and none of %v", t.AdvisoriesAllow, t.AdvisoriesDeny)
 		}
 		return fmt.Sprint(r.Merged.Advisories), want, "update the platform, or accept them in advisories_allow"
 	})
@@ -267,7 +270,13 @@ func bootRegister(q *measure.Quote, i int) measure.Digest {
 	return q.Body.RTMR[i-1]
 }
 
-// closestImage returns the image of which most registers match, the first of equals.
+// fitsPlatform reports whether all holds that an image says of the platform.
+func (image *Image) fitsPlatform(b *measure.TDBody) bool {
+	return (len(image.MRSEAM) == 0 || slices.Contains(image.MRSEAM, b.MRSEAM)) && atLeast(b.TEETCBSVN[:], image.MinTEETCBSVN) && (image.XFAM == nil || image.XFAM.matches(b.XFAM[:]))
+}
+
+// closestImage returns the image of which most registers match, and of those the one
+// that else fits best; the first of equals.
 func (e *Entry) closestImage(c *Claims) candidate {
 	var best candidate
 	most := -1
@@ -280,6 +289,9 @@ func (e *Entry) closestImage(c *Claims) candidate {
 				}
 			}
 			if len(m.image.OSImageHash) == 0 || m.image.hasHash(c) {
+				n++
+			}
+			if m.image.fitsPlatform(&c.Quote.Body) {
 				n++
 			}
 		}

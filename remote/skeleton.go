@@ -51,13 +51,13 @@ func (c *Claims) Skeleton() (string, error) {
 
 func (c *Claims) skeletonApplication(line func(string, ...any)) {
 	id := &c.Identity
-	if id.AppID == nil && id.ComposeHash == nil || !c.HasLog || !c.replays() {
-		line("allow_any_app = true  # the evidence names no application: give its event log")
+	if id.AppID == nil && id.ComposeHash == nil || !c.HasLog || !c.Genuine() {
+		line("allow_any_app = true  # the evidence proves no application: give its event log")
 		line("require_events = []")
 		return
 	}
 	if !id.Ready {
-		line("era = \"0.3\"  # the log has no system-ready")
+		line("era = \"0.3\"  # the log has no system-ready: the application itself could have added what follows")
 	}
 	if id.AppID != nil {
 		line("app_id = [\"%x\"]", id.AppID)

@@ -186,3 +186,31 @@ func TestBootLogAlone(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestImagesOfEqualRegisters has two images of the same registers, which differ in what they
+// say of the platform: the one that fits counts, in either order.
+func TestImagesOfEqualRegisters(t *testing.T) {
+	a := newAttester(t, tdxsim.Config{}, nil)
+	text := a.policyText(t, "", "", "")
+	other := strings.Replace(text[strings.Index(text, "[image.test]"):], "[image.test]", "[image.other]", 1) + "min_tee_tcb_svn = \"ff\"\n"
+	for _, images := range []string{`["test", "other"]`, `["other", "test"]`} {
+		p := parsePolicy(t, strings.Replace(text, `image = ["test"]`, "image = "+images, 1)+other)
+		if _, err := newVerifier(t, p, a.bundle).Appraise(context.Background(), a.evidence(t, measure.ReportData{}), anyData); err != nil {
+			t.Errorf("%s: %v", images, err)
+		}
+	}
+}
+
+// TestSkeletonOfContradictions writes no application into a policy that the log's own
+// events contradict.
+func TestSkeletonOfContradictions(t *testing.T) {
+	a := newAttester(t, tdxsim.Config{}, append(bootEvents(t), event(t, measure.EventAppID, make([]byte, 20))))
+	v := newVerifier(t, remote.BuiltinPolicy(a.root), a.bundle)
+	_, err := v.Appraise(context.Background(), a.evidence(t, measure.ReportData{}), anyData)
+	wantRefused(t, err, "identity", "identity_events", false)
+	rejection, _ := errors.AsType[*remote.Rejection](err)
+	text, err := rejection.Result.Claims.Skeleton()
+	if err != nil || strings.Contains(text, "\napp_id") || !strings.Contains(text, "allow_any_app = true") {
+		t.Errorf("got %s, %v", text, err)
+	}
+}
