@@ -39,6 +39,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("XDG_RUNTIME_DIR", "")
 			env.Setenv("SIMDIR", filepath.Base(string(simulatedDir())))
 			env.Setenv("FIXTURES", fixtures())
+			env.Setenv("NL", "\n")
 			return nil
 		},
 		Condition: func(cond string) (bool, error) {

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,6 +20,7 @@ import (
 	"tdx-agent/measure/tsm"
 	"tdx-agent/remote"
 	"tdx-agent/remote/collateral"
+	"tdx-agent/remote/dcap"
 )
 
 // verifyTimeout bounds one verification, with the fetch of its collateral.
@@ -28,6 +30,8 @@ const verifyTimeout = 90 * time.Second
 type verifierFlags struct {
 	policy, root, at, state string
 	image                   string
+	staleGrace              time.Duration
+	allowRollback           bool
 	collateral, pccs        []string
 }
 
@@ -42,6 +46,8 @@ func (f *verifierFlags) addSources(cmd *cobra.Command) {
 	cmd.Flags().StringArrayVar(&f.collateral, "collateral", nil, "file or folder of collateral (dcap-qvl's QuoteCollateralV3); with it nothing is fetched unless --pccs is given")
 	cmd.Flags().StringArrayVar(&f.pccs, "pccs", nil, "base address of a PCCS to fetch collateral from (default: Intel's PCS)")
 	cmd.Flags().StringVar(&f.at, "at", "", "judge at this time (RFC 3339) instead of now")
+	cmd.Flags().DurationVar(&f.staleGrace, "stale-grace", 0, "use collateral for so long after its end where there is no newer one, at most 72h; the policy must say allow_stale_collateral")
+	cmd.Flags().BoolVar(&f.allowRollback, "allow-collateral-rollback", false, "take collateral older than what was seen before: gives back revocations of the last 30 days")
 	cmd.Flags().StringVar(&f.state, "state-dir", "", "folder of fetched collateral and the guard against older one (default "+stateDefault+", or below $XDG_STATE_HOME for users)")
 }
 
@@ -137,7 +143,8 @@ func (f *verifierFlags) store(p *remote.Policy, now func() time.Time, log *slog.
 		return nil, withExit(exitConfig, err)
 	}
 	cfg := collateral.Config{Roots: roots, Files: f.collateral, PCCS: f.pccs, Now: now, Logger: log,
-		IntelPCS: len(f.collateral) == 0 && len(f.pccs) == 0 && len(p.Simulated()) == 0}
+		IntelPCS:   len(f.collateral) == 0 && len(f.pccs) == 0 && slices.Contains(roots.Pins(), dcap.IntelRoot()),
+		StaleGrace: f.staleGrace, AllowRollback: f.allowRollback}
 	if (cfg.IntelPCS || len(f.pccs) > 0) && f.at == "" {
 		if cfg.Dir, err = f.stateDir(); err != nil {
 			return nil, err

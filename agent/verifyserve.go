@@ -132,7 +132,7 @@ func verifyHandler(v *remote.Verifier) http.Handler {
 			http.Error(w, "busy", http.StatusServiceUnavailable)
 			return
 		}
-		ctx, cancel := context.WithTimeout(r.Context(), 25*time.Second)
+		ctx, cancel := context.WithTimeout(r.Context(), 18*time.Second)
 		defer cancel()
 		reply(w, http.StatusOK, verifyOne(ctx, v, http.MaxBytesReader(w, r.Body, maxVerifyBody)))
 	})

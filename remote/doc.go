@@ -15,7 +15,7 @@
 // listed as not checked.
 //
 // What evidence proves ([Claims]) is kept apart from what a policy makes of it, so
-// that claims can be judged again when the policy changes. Signatures that hold, PCK
+// that every entry of a policy can be explained. Signatures that hold, PCK
 // chains and event logs are remembered; validity, revocation and policy are looked at
 // each time.
 package remote

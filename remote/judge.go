@@ -101,7 +101,7 @@ func (e *Entry) judgeTCB(s *sheet, c *Claims, at time.Time) {
 	e.optional(s, TCB, "collateral_age", "max_collateral_age", !t.AllowAnyCollateralAge, func() bool { return at.Sub(r.CollateralIssued) <= t.MaxCollateralAge }, func() (string, string, string) {
 		return "issued " + stamp(r.CollateralIssued), fmt.Sprintf("at most %v before %s", t.MaxCollateralAge, stamp(at)), "fetch newer collateral"
 	})
-	s.check(TCB, "collateral_stale", t.acceptsEnd(r, at), func() (string, string, string) {
+	s.check(TCB, "collateral_stale", r.StaleSince.IsZero() || t.AllowStaleCollateral, func() (string, string, string) {
 		return "ended " + stamp(r.CollateralUntil), "collateral within its time", "fetch newer collateral"
 	})
 	e.optional(s, TCB, "fmspc", "fmspc", len(t.FMSPC)+len(t.FMSPCDeny) > 0, func() bool {
@@ -126,15 +126,6 @@ func (e *Entry) failCollateral(s *sheet, err error) {
 		code, hint = d.Code, ""
 	}
 	s.fail(TCB, "collateral", code, fmt.Sprint(err), "complete and current collateral", hint)
-}
-
-// acceptsEnd judges whether the collateral had ended, before the quote was judged by it
-// or since then: old claims are judged again.
-func (t *Terms) acceptsEnd(r *dcap.Report, at time.Time) bool {
-	if r.StaleSince.IsZero() && !at.After(r.CollateralUntil) {
-		return true
-	}
-	return t.AllowStaleCollateral && !at.After(r.CollateralUntil.Add(dcap.MaxStaleGrace))
 }
 
 func (t *Terms) acceptsStatus(r *dcap.Report, at time.Time) bool {

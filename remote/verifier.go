@@ -135,16 +135,6 @@ func (v *Verifier) Appraise(ctx context.Context, ev *measure.Evidence, x Expect)
 	return r, nil
 }
 
-// Reappraise judges claims that an earlier appraisal accepted, by the policy and the
-// time of now. It makes no claim newer than it was.
-func (v *Verifier) Reappraise(c *Claims, x Expect) (*Result, error) {
-	r, err := v.active.Load().result(c, &x, v.cfg.Now())
-	if err == nil && !r.Accepted {
-		return nil, &Rejection{r}
-	}
-	return r, err
-}
-
 // result judges claims by every entry and keeps the one that accepts them or comes
 // closest.
 func (a *active) result(c *Claims, x *Expect, at time.Time) (*Result, error) {
