@@ -15,7 +15,6 @@ const (
 	wordPrefix   = "\x0b"
 	dwordPrefix  = "\x0c"
 	stringPrefix = "\x0d" // characters and NUL follow
-	qwordPrefix  = "\x0e"
 	scopeOp      = "\x10"
 	bufferOp     = "\x11"
 	packageOp    = "\x12"
@@ -26,7 +25,6 @@ const (
 	parent       = "\x5e"
 
 	storeOp            = "\x70"
-	addOp              = "\x72"
 	subtractOp         = "\x74"
 	incrementOp        = "\x75"
 	shiftLeftOp        = "\x79"
@@ -89,7 +87,7 @@ type aml struct{ b []byte }
 func (a *aml) put(s string) { a.b = append(a.b, s...) }
 
 // integer writes n as QEMU does, in the shortest form (section 20.2.3).
-func (a *aml) integer(n uint64) {
+func (a *aml) integer(n uint32) {
 	switch {
 	case n <= 1:
 		a.b = append(a.b, byte(n))
@@ -97,10 +95,8 @@ func (a *aml) integer(n uint64) {
 		a.b = append(a.b, bytePrefix[0], byte(n))
 	case n <= 0xffff:
 		a.b = binary.LittleEndian.AppendUint16(append(a.b, wordPrefix[0]), uint16(n))
-	case n <= 0xffff_ffff:
-		a.b = binary.LittleEndian.AppendUint32(append(a.b, dwordPrefix[0]), uint32(n))
 	default:
-		a.b = binary.LittleEndian.AppendUint64(append(a.b, qwordPrefix[0]), n)
+		a.b = binary.LittleEndian.AppendUint32(append(a.b, dwordPrefix[0]), n)
 	}
 }
 
@@ -156,7 +152,7 @@ func (a *aml) method(name string, flags byte, body func()) {
 }
 
 // region declares I/O ports or memory and the fields in them.
-func (a *aml) region(name, space string, offset, length uint64) {
+func (a *aml) region(name, space string, offset, length uint32) {
 	a.put(regionOp)
 	a.put(name)
 	a.put(space)

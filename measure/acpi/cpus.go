@@ -62,7 +62,7 @@ func (a *aml) cpuMethods(count int, d dialect) {
 	a.method("CTFY", 2, func() { // tell processor arg0 of event arg1
 		for i := range count {
 			a.block(ifOp, equalOp+arg0, func() {
-				a.integer(uint64(i))
+				a.integer(uint32(i))
 				a.put(notifyOp)
 				a.processorName(i)
 				a.put(arg1)
@@ -103,7 +103,7 @@ func (a *aml) cpuScan(count int, d dialect) {
 			a.put(storeOp + zeroOp + local5)
 		}
 		a.block(whileOp, logicalAndOp+equalOp+local0+oneOp+lessOp+local3, func() {
-			a.integer(uint64(count))
+			a.integer(uint32(count))
 			a.cpuScanStep(d)
 		})
 		a.cpuNotify("CNEW", local1, deviceCheck, storeOp+local3+debugOp, inserted)
@@ -173,7 +173,7 @@ func (a *aml) processor(i int, numa bool) {
 			a.put(nameOp + "_HID")
 			a.text("ACPI0007")
 			a.put(nameOp + "_UID")
-			a.integer(uint64(i))
+			a.integer(uint32(i))
 		} else {
 			a.b = append(a.b, byte(i), 0, 0, 0, 0, 0) // its ID, and no register block
 		}
@@ -188,7 +188,7 @@ func (a *aml) processor(i int, numa bool) {
 func (a *aml) processorMethods(i int) {
 	a.method("_STA", serialized, func() {
 		a.put(returnOp + "CSTA")
-		a.integer(uint64(i))
+		a.integer(uint32(i))
 	})
 	a.put(nameOp + "_MAT")
 	a.block(bufferOp, bytePrefix, func() {
@@ -199,12 +199,12 @@ func (a *aml) processorMethods(i int) {
 	if i > 0 {
 		a.method("_EJ0", 1, func() {
 			a.put("CEJ0")
-			a.integer(uint64(i))
+			a.integer(uint32(i))
 		})
 	}
 	a.method("_OST", 3|serialized, func() {
 		a.put("COST")
-		a.integer(uint64(i))
+		a.integer(uint32(i))
 		a.put(arg0 + arg1 + arg2)
 	})
 }

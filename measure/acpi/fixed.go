@@ -74,9 +74,9 @@ func fadt(b []byte, m *Machine, facsAt, dsdtAt uint32) []byte {
 	b = append(b, 0, 0, 0, 0, 0x32)                                 // duty, alarms; the RTC's century
 	b = u16(b, 2)                                                   // boot architecture: an 8042 keyboard controller
 	b = append(b, 0)
-	flags := uint32(0x84a5) // WBINVD, C1, sleep button, RTC wake, 32-bit timer, reset register, PCIe
+	flags := uint32(0x84a5) // WBINVD, C1, no fixed sleep button, RTC wake, reset register, platform clock
 	if m.CPUs > 8 {
-		flags |= 1 << 18 // logical interrupt destinations need the cluster model
+		flags |= 1 << 18 // logical destinations of interrupts need the cluster model
 	}
 	b = u32(b, flags)
 	b = address(b, 8, 0xcf9)      // reset register

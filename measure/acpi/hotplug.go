@@ -7,7 +7,7 @@ const hotplugBase = 0xcc0
 // Specification 3.3, section 4.6).
 const labelUUID = "\xd0\x37\xc9\xe5\x53\x35\x7a\x4d\x91\x17\xea\x4d\x19\xc3\x43\x4d"
 
-// labelFunctions opens a _DSM helper: function 0, a bit map of the functions there are,
+// labelFunctions opens the answer to a _DSM: function 0, a bit map of the functions there are,
 // which is empty for another interface or an old revision.
 func (a *aml) labelFunctions(bitmap string) {
 	a.block(ifOp, equalOp+arg2+zeroOp, func() {
@@ -110,7 +110,7 @@ func (a *aml) rootPort(m *Machine, slot, bus int) {
 			return
 		}
 		a.put(nameOp + "BSEL")
-		a.integer(uint64(bus))
+		a.integer(uint32(bus))
 		a.block(scopeOp, "S00_", func() {
 			a.put(nameOp + "ASUN" + zeroOp)
 			a.method("_DSM", 4|serialized, func() {
@@ -162,7 +162,7 @@ func (a *aml) portEvents(port [4]byte, bus int) {
 	a.block(scopeOp, string(port[:]), func() {
 		a.method("PCNT", 0, func() {
 			a.put(storeOp)
-			a.integer(uint64(bus))
+			a.integer(uint32(bus))
 			a.put("BNUM" + "DVNT" + "PCIU" + deviceCheck + "DVNT" + "PCID" + ejectRequest)
 		})
 	})

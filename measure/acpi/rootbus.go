@@ -38,7 +38,7 @@ func (a *aml) pciDevice(slot, function int, body func()) {
 	name := slotName(slot<<3 | function)
 	a.block(deviceOp, string(name[:]), func() {
 		a.put(nameOp + "_ADR")
-		a.integer(uint64(slot)<<16 | uint64(function))
+		a.integer(uint32(slot)<<16 | uint32(function))
 		body()
 	})
 }

@@ -53,8 +53,8 @@ func (a *aml) routes(name, target string) {
 // route is one entry: all functions of a slot, the pin, the link's name, and no index.
 func (a *aml) route(slot, pin int, target string, letter byte) {
 	a.block(packageOp, "\x04", func() {
-		a.integer(uint64(slot)<<16 | 0xffff)
-		a.integer(uint64(pin))
+		a.integer(uint32(slot)<<16 | 0xffff)
+		a.integer(uint32(pin))
 		a.put(target)
 		a.b = append(a.b, letter, 0)
 	})
@@ -81,7 +81,7 @@ func (a *aml) link(i int, d dialect) {
 	a.block(deviceOp, "LNK"+letter, func() {
 		a.hid("PNP0C0F")
 		a.put(nameOp + "_UID")
-		a.integer(uint64(i))
+		a.integer(uint32(i))
 		a.resources("_PRS", func() { a.interrupts(d.interruptFlags, 5, 10, 11) })
 		register := "PRQ" + letter
 		a.method("_STA", 0, func() { a.put(returnOp + "IQST" + register) })
@@ -100,7 +100,7 @@ func (a *aml) globalInterrupt(i int, d dialect) {
 	a.block(deviceOp, "GSI"+string(rune('A'+i)), func() {
 		a.hid("PNP0C0F")
 		a.put(nameOp + "_UID")
-		a.integer(uint64(number))
+		a.integer(uint32(number))
 		a.resources("_PRS", setting)
 		a.resources("_CRS", setting)
 		a.method("_DIS", 0, func() {})
