@@ -45,7 +45,7 @@ func FormatEventLog(events []Event, strip bool) ([]byte, error) {
 		b = append(b, `","event":"`...)
 		b = appendASCII(b, e.Name)
 		b = append(b, `","event_payload":"`...)
-		if !strip || e.IMR == RTMR3 || e.isACPIMarker() {
+		if !strip || e.IMR == RTMR3 || e.IsACPIMarker() {
 			b = hex.AppendEncode(b, e.Payload)
 		}
 		b = append(b, '"')
@@ -59,7 +59,9 @@ func FormatEventLog(events []Event, strip bool) ([]byte, error) {
 	return append(b, ']'), nil
 }
 
-func (e *Event) isACPIMarker() bool {
+// IsACPIMarker reports whether e is one of the three RTMR0 events that measure the
+// ACPI tables. Everything that strips a log keeps them whole.
+func (e *Event) IsACPIMarker() bool {
 	return e.IMR == 0 && e.Type == acpiMarkerType && string(e.Payload) == acpiMarker
 }
 
