@@ -1,0 +1,63 @@
+package ratls
+
+import (
+	"crypto/x509/pkix"
+	"fmt"
+
+	"tdx-agent/measure"
+)
+
+// Extensions returns the extensions that carry ev in the certificate of the key whose
+// DER SubjectPublicKeyInfo is spki: the versioned attestation (.8) and, for verifiers
+// that know nothing else, quote and event log (.1, .2). These know version 1 events
+// only, so a log with a version 2 event travels in .8 alone.
+//
+// The attestation keeps of the boot log what dstack keeps, the three events that
+// measure ACPI tables; the log in .2 is whole, with the payloads of boot events
+// blank. Every digest is filled in both. It is an error if the quote's report data is
+// not [ReportData] of spki, or if a list has more than 512 events or an extension
+// more than 256 KiB.
+func Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extension, error) {
+	rd := ReportData(spki)
+	quote, err := measure.ParseQuote(ev.Quote)
+	if err != nil {
+		return nil, fmt.Errorf("RA-TLS: %w", err)
+	}
+	if quote.Body.ReportData != rd {
+		return nil, fmt.Errorf("RA-TLS: the quote is not of this key: report data is %s, want %s", quote.Body.ReportData, rd)
+	}
+	if len(ev.Events) > maxEvents {
+		return nil, fmt.Errorf("RA-TLS: %d events, want at most %d", len(ev.Events), maxEvents)
+	}
+	attestation := measure.NewAttestation(&measure.Evidence{Quote: ev.Quote, Events: strip(ev.Events), VMConfig: ev.VMConfig}, rd)
+	blob, err := attestation.Marshal()
+	if err != nil {
+		return nil, fmt.Errorf("RA-TLS: %w", err)
+	}
+	var extensions []pkix.Extension
+	if attestation.Version == measure.AttestationV0 {
+		log, err := measure.FormatEventLog(ev.Events, true)
+		if err != nil {
+			return nil, fmt.Errorf("RA-TLS: %w", err)
+		}
+		extensions = append(extensions, wrap(OIDQuote, ev.Quote), wrap(OIDEventLog, log))
+	}
+	extensions = append(extensions, wrap(OIDAttestation, blob))
+	for _, e := range extensions {
+		if len(e.Value) > maxAttestation {
+			return nil, fmt.Errorf("RA-TLS: extension %v has %d bytes, want at most %d", e.Id, len(e.Value), maxAttestation)
+		}
+	}
+	return extensions, nil
+}
+
+// strip returns the events that a certificate keeps.
+func strip(events []measure.Event) []measure.Event {
+	var kept []measure.Event
+	for i := range events {
+		if e := &events[i]; e.IMR == measure.RTMR3 || e.MeasuresACPI() {
+			kept = append(kept, *e)
+		}
+	}
+	return kept
+}
