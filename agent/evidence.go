@@ -2,9 +2,11 @@ package main
 
 import (
 	"bytes"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"tdx-agent/measure"
+	"tdx-agent/remote/ratls"
 )
 
 // maxEvidence bounds a file of evidence: dstack's own bound of an attestation, in
@@ -22,7 +25,7 @@ const maxEvidence = 21 << 20
 
 // evidenceFlags say where evidence is.
 type evidenceFlags struct {
-	quote, eventLog, vmConfig, attestation string
+	quote, eventLog, vmConfig, attestation, cert string
 }
 
 func (f *evidenceFlags) add(cmd *cobra.Command) {
@@ -30,24 +33,34 @@ func (f *evidenceFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.eventLog, "event-log", "", "file with the event log: dstack's JSON or a binary CCEL (default: the one in --quote)")
 	cmd.Flags().StringVar(&f.vmConfig, "vm-config", "", "file with the vm_config (default: the one in --quote)")
 	cmd.Flags().StringVar(&f.attestation, "attestation", "", "file with a versioned attestation instead of all these: binary, hexadecimal, or JSON of Attest")
+	cmd.Flags().StringVar(&f.cert, "cert", "", "PEM file with a dstack RA-TLS certificate instead of all these: the quote must be bound to its key; it says nothing of freshness")
 }
 
 // read reads the evidence. What is no evidence has the exit status of that.
 func (f *evidenceFlags) read() (*measure.Evidence, error) {
-	if (f.quote == "") == (f.attestation == "") {
-		return nil, exitf(exitUsage, "give --quote or --attestation, and not both")
+	given := 0
+	for _, path := range []string{f.quote, f.attestation, f.cert} {
+		if path != "" {
+			given++
+		}
 	}
-	if f.attestation != "" && (f.eventLog != "" || f.vmConfig != "") {
-		return nil, exitf(exitUsage, "--attestation holds event log and vm_config: give no others")
+	if given != 1 {
+		return nil, exitf(exitUsage, "give one of --quote, --attestation and --cert")
 	}
-	path := f.quote + f.attestation
+	if f.quote == "" && (f.eventLog != "" || f.vmConfig != "") {
+		return nil, exitf(exitUsage, "--attestation and --cert hold event log and vm_config: give no others")
+	}
+	path := f.quote + f.attestation + f.cert
 	b, err := readInput(path)
 	if err != nil {
 		return nil, err
 	}
 	parse := parseEvidence
-	if f.attestation != "" {
+	switch {
+	case f.attestation != "":
 		parse = parseAttestation
+	case f.cert != "":
+		parse = parseCertificate
 	}
 	ev, err := parse(b)
 	if err != nil {
@@ -270,6 +283,24 @@ func parseAttestation(b []byte) (*measure.Evidence, error) {
 		return nil, err
 	}
 	return a.Evidence()
+}
+
+// parseCertificate reads the attestation in the first certificate of a PEM file. It
+// must be bound to the certificate's key.
+func parseCertificate(b []byte) (*measure.Evidence, error) {
+	block, _ := pem.Decode(b)
+	if block == nil || block.Type != "CERTIFICATE" {
+		return nil, errors.New("no PEM certificate")
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	a, err := ratls.Parse(cert)
+	if err != nil {
+		return nil, err
+	}
+	return a.Evidence, nil
 }
 
 // parseEvents reads an event log: dstack's JSON, a document that holds it, or a CCEL.

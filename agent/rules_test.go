@@ -31,6 +31,7 @@ var bans = []struct {
 	{from: module + "/measure", to: module + "/measure/image", except: module + "/measure/image", reason: "Reference Values are the Verifier's side"},
 	{from: module + "/measure", to: module + "/measure/acpi", except: module + "/measure/image", reason: "only image builds ACPI tables"},
 	{from: module + "/measure", to: "net/http", deep: true, reason: "what a TD is can be known without a network"},
+	{from: module + "/remote/ratls", to: module + "/remote", reason: "ratls reads and writes certificates; it judges nothing"},
 	{from: module + "/remote/dcap", to: "net/http", reason: "the quote engine fetches nothing; package collateral does"},
 	{from: module + "/remote/dcap", to: module + "/remote/collateral", reason: "imports run one way: remote, collateral, dcap"},
 	{from: module + "/remote/collateral", to: module + "/measure", reason: "collateral is about platforms, not about TDs"},
