@@ -51,7 +51,7 @@ func (s *Server) getQuote(ctx context.Context, c *call) (message, error) {
 	if err != nil {
 		return nil, err
 	}
-	log, err := eventLog(ev)
+	log, err := s.logs.text(ev.Events)
 	if err != nil {
 		return nil, err
 	}
@@ -151,7 +151,7 @@ func (s *Server) tappdQuote(ctx context.Context, c *call, data []byte, algorithm
 	if err != nil {
 		return nil, err
 	}
-	log, err := eventLog(ev)
+	log, err := s.logs.text(ev.Events)
 	if err != nil {
 		return nil, err
 	}
@@ -161,12 +161,6 @@ func (s *Server) tappdQuote(ctx context.Context, c *call, data []byte, algorithm
 		{"hash_algorithm", 3, &bound.algorithm},
 		{"prefix", 4, &bound.tag},
 	}, nil
-}
-
-// eventLog returns the log as quotes carry it: boot payloads blank, digests never.
-func eventLog(ev *measure.Evidence) (string, error) {
-	log, err := measure.FormatEventLog(ev.Events, true)
-	return string(log), err
 }
 
 func (s *Server) info(ctx context.Context, c *call) (message, error) {

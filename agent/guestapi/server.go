@@ -68,6 +68,7 @@ type Server struct {
 	cfg     Config
 	methods map[string]method
 	slots   slots
+	logs    lastLog
 	http    http.Server
 }
 
