@@ -48,6 +48,8 @@ func writeVerdict(out io.Writer, r *remote.Result) {
 			answer = "NO"
 		case !answered(r, line.q, line.decisive):
 			answer = "NOT CHECKED (" + line.flags + ")"
+		case line.q == remote.Hardware && r.Claims.Report.Root != dcap.IntelRoot():
+			answer = "SIMULATED"
 		}
 		fmt.Fprintf(out, "%s %s: %s\n", line.label, answer, proof(r, line.q))
 		for _, c := range failed {
