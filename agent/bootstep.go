@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -61,6 +62,9 @@ func measureBoot(ctx context.Context, cfg *Config, dir runtimeDir, l *measure.Le
 		if err := forgetBoot(dir); err != nil {
 			return 0, err
 		}
+	}
+	if err := checkAgentKey(dir, s.Events()); err != nil {
+		return 0, err
 	}
 	in, err := bootInput(cfg, dir, files)
 	if err != nil {
@@ -212,6 +216,18 @@ func loadAgentKey(dir runtimeDir) (*ecdsa.PrivateKey, error) {
 		return ec, nil
 	}
 	return nil, fmt.Errorf("%s holds no P-256 key", dir.agentKey())
+}
+
+// checkAgentKey refuses to make a second agent key where this boot has measured one
+// that is gone: nobody could tell it from a key of somebody else.
+func checkAgentKey(dir runtimeDir, events []measure.Event) error {
+	if !slices.ContainsFunc(events, func(e measure.Event) bool { return e.IsRuntime() && e.Name == measure.EventAgentKey }) {
+		return nil
+	}
+	if _, err := loadAgentKey(dir); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("agent key %s is gone, and this boot has measured it: attested channels work again after the next boot", dir.agentKey())
+	}
+	return nil
 }
 
 // agentKey loads this boot's agent key, or makes it. It never leaves the runtime
