@@ -166,8 +166,10 @@ func (td *TD) outblob(f *os.File, e *entry) ([]byte, error) {
 	}
 	if e.cached && e.made == e.generation {
 		quote := make([]byte, e.size)
-		_, err := f.ReadAt(quote, quoteOffset)
-		return quote, err
+		if _, err := f.ReadAt(quote, quoteOffset); err != nil {
+			return nil, err // the file was cut
+		}
+		return quote, nil
 	}
 	quote, err := td.hostQuote(e.inblob)
 	if err != nil {
@@ -177,6 +179,8 @@ func (td *TD) outblob(f *os.File, e *entry) ([]byte, error) {
 		return nil, err
 	}
 	e.made, e.cached, e.size = e.generation, true, uint32(len(quote))
-	_, err = f.WriteAt(e.encode(), 0)
-	return quote, err
+	if _, err := f.WriteAt(e.encode(), 0); err != nil {
+		return nil, err
+	}
+	return quote, nil
 }
