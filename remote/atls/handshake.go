@@ -121,7 +121,7 @@ func (h *handshake) read(kind byte, limit int, message any) (frame []byte, err e
 			return nil, err
 		}
 		if !r.OK || kind != frameResult {
-			return nil, &Error{Step: h.step, Code: knownCode(r.Code), Remote: true, Ref: h.ref, RetryAfter: min(max(time.Duration(r.RetryAfter), 0)*time.Millisecond, time.Minute)}
+			return nil, &Error{Step: h.step, Code: knownCode(r.Code), Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), 60_000)) * time.Millisecond}
 		}
 	}
 	return frame, decode(frame, message)
