@@ -170,16 +170,23 @@ func (d *Dialer) once(ctx context.Context, network, address, service string, ent
 	if err == nil {
 		ttl, err = h.dial(ctx, service, entries)
 	}
+	var c *Conn
+	if err == nil {
+		c, err = h.open(ctx, ttl, "", entries)
+	}
 	if failed := h.finish(err); failed != nil {
 		raw.Close()
 		return nil, failed
 	}
 	if !stop() {
-		raw.Close()
+		c.Close()
 		return nil, fmt.Errorf("atls: dial %s: %w", address, ctx.Err())
 	}
-	return newConn(h, ttl, func(*Conn) {}), nil
+	return c, nil
 }
+
+// Reappraise is [Listener.Reappraise] for the channels that d has opened.
+func (d *Dialer) Reappraise(ctx context.Context) (denied int) { return d.end.reappraiseAll(ctx) }
 
 // NewTransport makes HTTP requests over channels to a service, whatever host their
 // URLs name: the address is that of the request. Its pool lets many requests share an

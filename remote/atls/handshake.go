@@ -9,6 +9,8 @@ import (
 	"net"
 	"slices"
 	"time"
+
+	"tdx-agent/remote"
 )
 
 // Deadlines of the states of a handshake, and of all of it.
@@ -34,11 +36,12 @@ type handshake struct {
 	session *Session
 	ref     string
 	peer    *Peer
+	policy  *remote.Policy // of the start
 }
 
 // begin makes the TLS connection.
 func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, error) {
-	h := &handshake{end: e, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw)}}
+	h := &handshake{end: e, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw)}, policy: e.cfg.Verifier.Policy()}
 	leaf, err := e.certificate()
 	if err != nil {
 		return h, err

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"io"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
+	"tdx-agent/remote"
 	"tdx-agent/remote/atls"
 )
 
@@ -100,3 +102,96 @@ func TestBackOffIsNotThePeers(t *testing.T) {
 	}
 }
 
+// deny replaces a verifier's policy by one that accepts m for another service only, or
+// by another name.
+func deny(t *testing.T, v *remote.Verifier, m *machine, entries string) {
+	t.Helper()
+	policy, err := remote.ParsePolicy("policy.toml", []byte("version = 1\n"+entries))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := v.SetPolicy(policy, store(t, policy, m)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestPolicyReplacedMeanwhile has a peer that keeps its handshake a frame short of the
+// end while the policy is replaced and open channels are judged: it does not get in by
+// the old one.
+func TestPolicyReplacedMeanwhile(t *testing.T) {
+	var v *remote.Verifier
+	held, goOn := make(chan struct{}), make(chan struct{})
+	p := newPair(t, "", func(s, c *atls.Config, _ *atls.ListenerConfig) {
+		v = s.Verifier
+		s.Attester = waiting{s.Attester, held, goOn} // when it is asked, the client was accepted
+	})
+	p.echo(t)
+	result := make(chan error, 1)
+	go func() {
+		c, err := p.dial()
+		if err == nil { // its own RESULT was the last, so it knows only now
+			c.SetDeadline(time.Now().Add(20 * time.Second))
+			c.Write([]byte("x"))
+			_, err = io.ReadFull(c, make([]byte, 1))
+			c.Close()
+		}
+		result <- err
+	}()
+	<-held
+	deny(t, v, p.client, p.client.entry("client", "another", ""))
+	if n := p.listener.Reappraise(context.Background()); n != 0 {
+		t.Errorf("%d channels denied before there is one", n)
+	}
+	close(goOn)
+	if err := <-result; err == nil {
+		t.Error("a channel by the policy of before")
+	}
+	if n := len(p.listener.Peers()); n != 0 {
+		t.Errorf("%d peers", n)
+	}
+	p.listener.Close()
+	if f := p.failures.List(); len(f) != 1 || f[0].Code != atls.CodePolicyDenied || f[0].Step != atls.StepVerify {
+		t.Errorf("the server has kept %+v", f)
+	}
+}
+
+// waiting makes statements when it is told to.
+type waiting struct {
+	atls.Attester
+	held, goOn chan struct{}
+}
+
+func (w waiting) Attest(ctx context.Context, s *atls.Session, keyMode bool) (*atls.Statement, error) {
+	close(w.held)
+	<-w.goOn
+	return w.Attester.Attest(ctx, s, keyMode)
+}
+
+// TestReappraiseDialled drains dialled channels too, also those in key mode.
+func TestReappraiseDialled(t *testing.T) {
+	var v *remote.Verifier
+	p := newPair(t, `require = "key"`, func(s, c *atls.Config, _ *atls.ListenerConfig) {
+		s.KeyTTL, c.KeyTTL = time.Minute, time.Minute
+		v = c.Verifier
+		c.Drain = time.Millisecond
+	})
+	p.echo(t)
+	first, second := p.mustDial(t), p.mustDial(t)
+	if first.Peer().KeyMode || !second.Peer().KeyMode {
+		t.Fatal("want a channel of each mode")
+	}
+	if n := p.dialer.Reappraise(context.Background()); n != 0 {
+		t.Errorf("%d peers denied under the same policy", n)
+	}
+	deny(t, v, p.server, p.server.entry("server", "other", "")) // wants quotes
+	if n := p.dialer.Reappraise(context.Background()); n != 1 {
+		t.Errorf("%d peers denied where key mode is not allowed any more, want 1", n)
+	}
+	<-second.Draining()
+	roundTrip(t, first, "x")
+	deny(t, v, p.server, p.server.entry("server", "other", "rtmr3 = [\""+strings.Repeat("00", 48)+"\"]"))
+	if n := p.dialer.Reappraise(context.Background()); n < 1 {
+		t.Errorf("%d peers denied, want the other one", n)
+	}
+	<-first.Draining()
+}
