@@ -28,6 +28,7 @@ const (
 // order of the steps; whatever does not fit ends it.
 type handshake struct {
 	*end
+	ctx     context.Context // its end is the handshake's
 	role    Role
 	conn    *tls.Conn
 	leaf    *tls.Certificate
@@ -41,7 +42,7 @@ type handshake struct {
 
 // begin makes the TLS connection.
 func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, error) {
-	h := &handshake{end: e, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw)}, policy: e.cfg.Verifier.Policy()}
+	h := &handshake{end: e, ctx: ctx, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw)}, policy: e.cfg.Verifier.Policy()}
 	leaf, err := e.certificate()
 	if err != nil {
 		return h, err
@@ -73,6 +74,9 @@ func (h *handshake) enter(step Step, limit time.Duration) {
 		deadline = last
 	}
 	h.conn.SetDeadline(deadline)
+	if h.ctx.Err() != nil { // the deadline that its end has set is gone
+		h.conn.SetDeadline(time.Unix(1, 0))
+	}
 }
 
 // within runs f with the context of a state.
@@ -271,11 +275,11 @@ func (h *handshake) answer(ctx context.Context, own string, hello *helloClient, 
 	if slices.Contains(hello.Attest, attestPeer) {
 		select {
 		case slots <- struct{}{}:
-			defer func() { <-slots }()
 		default:
 			return &busyError{time.Second}
 		}
 		evidence, err := h.attest(ctx, own, "", hello.MaxEvidence)
+		<-slots // before the peer reads: it has all its time for that
 		if err != nil {
 			return err
 		}

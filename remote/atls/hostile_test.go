@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -194,4 +195,76 @@ func TestReappraiseDialled(t *testing.T) {
 		t.Errorf("%d peers denied, want the other one", n)
 	}
 	<-first.Draining()
+}
+
+// TestUnreadEvidence has a client that does not read what the server has quoted for it:
+// it takes the place of no other client.
+func TestUnreadEvidence(t *testing.T) {
+	p := &pair{server: newMachine(t, "server", true), client: newMachine(t, "client", true)}
+	inner := make(pipes)
+	l, err := atls.NewListener(inner, atls.ListenerConfig{MaxQuotes: 1, Services: []string{"echo"}, Unattested: []string{"echo"},
+		Config: atls.Config{Verifier: verifier(t, p.client.entry("client", "echo", ""), p.client), Attester: p.server.attester(t)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for i := range 3 {
+		theirs, ours := net.Pipe()
+		inner <- ours
+		c := tls.Client(theirs, tlsOf(t))
+		c.SetDeadline(time.Now().Add(30 * time.Second))
+		defer theirs.Close()
+		c.Write(makeFrame(1, hello(`["self","peer"]`, `["peer"]`)))
+		if frame, err := takeFrame(c); err != nil || frame[0] != 2 {
+			t.Fatalf("got %s, %v", frame, err)
+		}
+		header := make([]byte, 1)
+		if _, err := io.ReadFull(c, header); err != nil || header[0] != 3 {
+			t.Fatalf("client %d is told %d, %v, want evidence", i, header, err)
+		}
+	}
+}
+
+// pipes is a listener of connections without buffers.
+type pipes chan net.Conn
+
+func (p pipes) Accept() (net.Conn, error) {
+	if c, ok := <-p; ok {
+		return c, nil
+	}
+	return nil, net.ErrClosed
+}
+func (p pipes) Close() error   { close(p); return nil }
+func (p pipes) Addr() net.Addr { return &net.UnixAddr{} }
+
+// TestCloseIsHeard closes the listener while a handshake is between two waits. The next
+// one, for a client that says nothing more, does not outlast that.
+func TestCloseIsHeard(t *testing.T) {
+	held, goOn, end := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	p := newPair(t, `require = "key"`, func(s, c *atls.Config, _ *atls.ListenerConfig) {
+		s.KeyTTL, c.KeyTTL = time.Minute, time.Minute
+		s.Now = func() time.Time { // when it has just accepted the client
+			once.Do(func() { close(held); <-goOn })
+			return time.Now()
+		}
+		c.Now = func() time.Time { <-end; return time.Now() }
+	})
+	dialled := make(chan struct{})
+	go func() { p.dial(); close(dialled) }()
+	<-held
+	closed := make(chan error, 1)
+	go func() { closed <- p.listener.Close() }()
+	if _, err := p.listener.Accept(); err != net.ErrClosed {
+		t.Errorf("Accept: %v", err)
+	}
+	time.Sleep(50 * time.Millisecond)
+	close(goOn)
+	select {
+	case <-closed:
+	case <-time.After(5 * time.Second):
+		t.Error("Close waits for a client")
+	}
+	close(end)
+	<-dialled
 }
