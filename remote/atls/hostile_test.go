@@ -268,3 +268,21 @@ func TestCloseIsHeard(t *testing.T) {
 	close(end)
 	<-dialled
 }
+
+// TestClientOf has the addresses that one machine can take turns with.
+func TestClientOf(t *testing.T) {
+	for address, want := range map[string]string{
+		"192.0.2.1:4000":                 "192.0.2.1",
+		"[::ffff:192.0.2.1]:4001":        "192.0.2.1",
+		"[2001:db8:0:1::1]:4000":         "2001:db8:0:1::/64",
+		"[2001:db8:0:1:ffff::ffff]:4001": "2001:db8:0:1::/64",
+		"[fe80::1%lo]:4000":              "fe80::/64",
+	} {
+		if got, err := atls.ClientOf(address); err != nil || got != want {
+			t.Errorf("%s counts as %q, %v, want %q", address, got, err, want)
+		}
+	}
+	if got, err := atls.ClientOf("@"); err == nil || got != "" {
+		t.Errorf("a Unix socket's client counts as %q, %v", got, err)
+	}
+}

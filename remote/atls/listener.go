@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -22,8 +23,8 @@ type ListenerConfig struct {
 	Unattested []string
 
 	MaxHandshakes  int // under way at once. Default: 256
-	MaxPerAddress  int // of these from one IP address. Default: 16
-	PerSecond      int // new connections from one IP address. Default: 5
+	MaxPerAddress  int // of these from one IPv4 address or IPv6 /64. Default: 16
+	PerSecond      int // new connections from one of these. Default: 5
 	Burst          int // at once, above PerSecond. Default: 20
 	MaxQuotes      int // own quotes that handshakes wait for. Default: 32
 	MaxConnections int // open channels. Default: 4096
@@ -114,7 +115,7 @@ func (l *Listener) pause() bool {
 
 // admit counts a connection against its address.
 func (l *Listener) admit(raw net.Conn) (host string, ok bool) {
-	host, _, err := net.SplitHostPort(address(raw))
+	host, err := clientOf(address(raw))
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err == nil { // other sockets than TCP have no addresses to tell clients by
@@ -133,6 +134,21 @@ func (l *Listener) admit(raw net.Conn) (host string, ok bool) {
 	l.pending[host]++
 	l.total++
 	return host, true
+}
+
+// clientOf is what limits count as one address: of IPv6 a /64, all of which one machine
+// may have.
+func clientOf(address string) (string, error) {
+	a, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return "", err
+	}
+	ip := a.Addr().Unmap().WithZone("")
+	if ip.Is4() {
+		return ip.String(), nil
+	}
+	prefix, err := ip.Prefix(64)
+	return prefix.String(), err
 }
 
 func (l *Listener) done(host string) {
