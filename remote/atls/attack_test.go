@@ -230,6 +230,7 @@ func TestBadHello(t *testing.T) {
 		{"nothing may be sent", hello(`100000`, `0`), "bad_frame"},
 		{"member twice", hello(`{"v":1`, `{"v":1,"v":1`), "bad_frame"},
 		{"member twice, in another case", hello(`{"v":1`, `{"v":1,"V":1`), "bad_frame"},
+		{"member twice, with a long s", hello(`"service":"echo"`, `"service":"echo","ſervice":"echo"`), "bad_frame"},
 		{"no object", `[]`, "bad_frame"},
 		{"no JSON", `{`, "bad_frame"},
 		{"two objects", hello() + "{}", "bad_frame"},

@@ -55,6 +55,7 @@ type end struct {
 	mu      sync.Mutex // guards what follows
 	leaf    *tls.Certificate
 	renewAt time.Time
+	open    map[*Conn]struct{}
 }
 
 // kept is accepted evidence, for key mode.
@@ -81,7 +82,7 @@ func newEnd(cfg Config) (*end, error) {
 	if cfg.Observe == nil {
 		cfg.Observe = func(Handshake) {}
 	}
-	return &end{cfg: cfg, kept: cache.New[[32]byte, *kept](512)}, nil
+	return &end{cfg: cfg, kept: cache.New[[32]byte, *kept](512), open: map[*Conn]struct{}{}}, nil
 }
 
 // leafLife is how long a TLS key is used for new connections.

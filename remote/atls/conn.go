@@ -19,18 +19,35 @@ type Conn struct {
 
 	end      *end
 	peer     *Peer
+	service  string   // that the policy must let the peer reach, "" where we dialled
+	entries  []string // that may accept the peer, nil for any
 	draining chan struct{}
 
-	once    sync.Once
-	drain   sync.Once
-	expiry  *time.Timer // starts the drain
-	cut     *time.Timer // ends it
-	mu      sync.Mutex  // guards cut
-	release func(*Conn)
+	once   sync.Once
+	drain  sync.Once
+	expiry *time.Timer // starts the drain
+	cut    *time.Timer // ends it
+	mu     sync.Mutex  // guards cut
+}
+
+// open makes the channel of a handshake that is done. Where the policy was replaced
+// meanwhile, the peer is judged anew: reappraiseAll may have looked before the channel
+// was there.
+func (h *handshake) open(ctx context.Context, ttl time.Duration, service string, entries []string) (*Conn, error) {
+	c := newConn(h, ttl, service, entries)
+	if h.cfg.Verifier.Policy() == h.policy {
+		return c, nil
+	}
+	h.step = StepVerify
+	if err := c.reappraise(ctx); err != nil {
+		c.Close() // no RESULT: the peer would take it for bytes of the application
+		return nil, err
+	}
+	return c, nil
 }
 
 // newConn opens a channel for the shorter of our session and the peer's.
-func newConn(h *handshake, ttl time.Duration, release func(*Conn)) *Conn {
+func newConn(h *handshake, ttl time.Duration, service string, entries []string) *Conn {
 	life := h.cfg.MaxSession
 	if ttl > 0 {
 		life = min(life, ttl)
@@ -38,7 +55,10 @@ func newConn(h *handshake, ttl time.Duration, release func(*Conn)) *Conn {
 	h.conn.SetDeadline(time.Time{})
 	h.peer.Opened = h.cfg.Now()
 	h.peer.Expires = h.peer.Opened.Add(life)
-	c := &Conn{Conn: h.conn, end: h.end, peer: h.peer, draining: make(chan struct{}), release: release}
+	c := &Conn{Conn: h.conn, end: h.end, peer: h.peer, service: service, entries: entries, draining: make(chan struct{})}
+	c.end.mu.Lock()
+	defer c.end.mu.Unlock()
+	c.end.open[c] = struct{}{}
 	c.expiry = time.AfterFunc(life, c.Drain)
 	return c
 }
@@ -70,23 +90,50 @@ func (c *Conn) Close() error {
 			c.cut.Stop()
 		}
 		c.mu.Unlock()
-		c.release(c)
+		c.end.mu.Lock()
+		delete(c.end.open, c)
+		c.end.mu.Unlock()
 	})
 	return err
 }
 
 // reappraise judges the peer anew by the policy of now, and drains the channel if it
 // is no longer accepted.
-func (c *Conn) reappraise(ctx context.Context, service string, entries []string) error {
+func (c *Conn) reappraise(ctx context.Context) error {
 	if c.peer.evidence == nil {
 		return nil
 	}
-	_, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: entries,
-		Channel: &remote.Channel{AgentKey: c.peer.AgentKey, Service: service, KeyMode: c.peer.KeyMode}})
+	_, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: c.entries,
+		Channel: &remote.Channel{AgentKey: c.peer.AgentKey, Service: c.service, KeyMode: c.peer.KeyMode}})
 	if err != nil {
 		c.Drain()
 	}
 	return err
+}
+
+// channels lists the open ones.
+func (e *end) channels() (all []*Conn) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for c := range e.open {
+		all = append(all, c)
+	}
+	return all
+}
+
+func (e *end) count() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.open)
+}
+
+func (e *end) reappraiseAll(ctx context.Context) (denied int) {
+	for _, c := range e.channels() {
+		if c.reappraise(ctx) != nil {
+			denied++
+		}
+	}
+	return denied
 }
 
 // PeerFromConn says who is at the other end of a connection of a [Listener] or a

@@ -98,7 +98,7 @@ func (d *Dialer) DialContext(ctx context.Context, network, address, service stri
 			c, err = d.once(ctx, network, address, service, entries)
 		}
 	}
-	if failed, ok := errors.AsType[*Error](err); ok && ctx.Err() == nil {
+	if failed, ok := errors.AsType[*Error](err); ok && !errors.Is(ctx.Err(), context.Canceled) {
 		t.refused(failed)
 	}
 	if err != nil {
@@ -128,15 +128,21 @@ func (t *targetState) waiting(now time.Time) error {
 	return nil
 }
 
-// refused starts a back-off, unless the refusal cost no quote.
+// refused starts a back-off, unless the refusal cost no quote. Where it did, a peer that
+// says busy has the next one no sooner than another.
 func (t *targetState) refused(e *Error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.last = e
+	isFree := e.Step == StepTLS || e.Step == StepHello
 	switch {
 	case e.Code == CodeBusy:
-		t.until = time.Now().Add(e.RetryAfter + rand.N(e.RetryAfter/2+time.Millisecond))
-	case e.Step == StepTLS || e.Step == StepHello:
+		wait := e.RetryAfter
+		if !isFree {
+			wait = max(wait, firstBackOff)
+		}
+		t.until = time.Now().Add(wait + rand.N(wait/2+time.Millisecond))
+	case isFree:
 	default:
 		t.length = min(max(2*t.length, firstBackOff), lastBackOff)
 		t.until = time.Now().Add(t.length + rand.N(t.length/4))
@@ -164,16 +170,23 @@ func (d *Dialer) once(ctx context.Context, network, address, service string, ent
 	if err == nil {
 		ttl, err = h.dial(ctx, service, entries)
 	}
+	var c *Conn
+	if err == nil {
+		c, err = h.open(ctx, ttl, "", entries)
+	}
 	if failed := h.finish(err); failed != nil {
 		raw.Close()
 		return nil, failed
 	}
 	if !stop() {
-		raw.Close()
+		c.Close()
 		return nil, fmt.Errorf("atls: dial %s: %w", address, ctx.Err())
 	}
-	return newConn(h, ttl, func(*Conn) {}), nil
+	return c, nil
 }
+
+// Reappraise is [Listener.Reappraise] for the channels that d has opened.
+func (d *Dialer) Reappraise(ctx context.Context) (denied int) { return d.end.reappraiseAll(ctx) }
 
 // NewTransport makes HTTP requests over channels to a service, whatever host their
 // URLs name: the address is that of the request. Its pool lets many requests share an

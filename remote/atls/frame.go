@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"unicode"
 
 	"tdx-agent/measure"
 )
@@ -133,7 +134,7 @@ type formError struct{ text string }
 func (e *formError) Error() string { return "received malformed: " + e.text }
 
 // decode reads a frame's message. No member may be there twice, in any case of its
-// letters: encoding/json would take the last.
+// letters, among which encoding/json has the long s: it would take the last.
 func decode(frame []byte, message any) error {
 	body := frame[4:]
 	if err := checkMembers(body); err != nil {
@@ -158,8 +159,8 @@ func checkMembers(body []byte) error {
 			return err
 		}
 		name := strings.ToLower(fmt.Sprint(t))
-		if slices.Contains(seen, name) || name != t {
-			return fmt.Errorf("member %.40q is there twice, or not in lower case", name)
+		if slices.Contains(seen, name) || name != t || strings.ContainsFunc(name, func(r rune) bool { return r > unicode.MaxASCII }) {
+			return fmt.Errorf("member %.40q is there twice, or not in lower case ASCII", name)
 		}
 		if len(seen) == maxList {
 			return errors.New("too many members")

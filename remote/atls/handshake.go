@@ -9,6 +9,8 @@ import (
 	"net"
 	"slices"
 	"time"
+
+	"tdx-agent/remote"
 )
 
 // Deadlines of the states of a handshake, and of all of it.
@@ -26,6 +28,7 @@ const (
 // order of the steps; whatever does not fit ends it.
 type handshake struct {
 	*end
+	ctx     context.Context // its end is the handshake's
 	role    Role
 	conn    *tls.Conn
 	leaf    *tls.Certificate
@@ -34,11 +37,12 @@ type handshake struct {
 	session *Session
 	ref     string
 	peer    *Peer
+	policy  *remote.Policy // of the start
 }
 
 // begin makes the TLS connection.
 func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, error) {
-	h := &handshake{end: e, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw)}}
+	h := &handshake{end: e, ctx: ctx, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw)}, policy: e.cfg.Verifier.Policy()}
 	leaf, err := e.certificate()
 	if err != nil {
 		return h, err
@@ -70,6 +74,9 @@ func (h *handshake) enter(step Step, limit time.Duration) {
 		deadline = last
 	}
 	h.conn.SetDeadline(deadline)
+	if h.ctx.Err() != nil { // the deadline that its end has set is gone
+		h.conn.SetDeadline(time.Unix(1, 0))
+	}
 }
 
 // within runs f with the context of a state.
@@ -121,7 +128,7 @@ func (h *handshake) read(kind byte, limit int, message any) (frame []byte, err e
 			return nil, err
 		}
 		if !r.OK || kind != frameResult {
-			return nil, &Error{Step: h.step, Code: knownCode(r.Code), Remote: true, Ref: h.ref, RetryAfter: min(max(time.Duration(r.RetryAfter), 0)*time.Millisecond, time.Minute)}
+			return nil, &Error{Step: h.step, Code: knownCode(r.Code), Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), 60_000)) * time.Millisecond}
 		}
 	}
 	return frame, decode(frame, message)
@@ -268,11 +275,11 @@ func (h *handshake) answer(ctx context.Context, own string, hello *helloClient, 
 	if slices.Contains(hello.Attest, attestPeer) {
 		select {
 		case slots <- struct{}{}:
-			defer func() { <-slots }()
 		default:
 			return &busyError{time.Second}
 		}
 		evidence, err := h.attest(ctx, own, "", hello.MaxEvidence)
+		<-slots // before the peer reads: it has all its time for that
 		if err != nil {
 			return err
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -22,8 +23,8 @@ type ListenerConfig struct {
 	Unattested []string
 
 	MaxHandshakes  int // under way at once. Default: 256
-	MaxPerAddress  int // of these from one IP address. Default: 16
-	PerSecond      int // new connections from one IP address. Default: 5
+	MaxPerAddress  int // of these from one IPv4 address or IPv6 /64. Default: 16
+	PerSecond      int // new connections from one of these. Default: 5
 	Burst          int // at once, above PerSecond. Default: 20
 	MaxQuotes      int // own quotes that handshakes wait for. Default: 32
 	MaxConnections int // open channels. Default: 4096
@@ -57,7 +58,6 @@ type Listener struct {
 	mu       sync.Mutex // guards what follows
 	pending  map[string]int
 	total    int
-	open     map[*Conn]struct{}
 	limiters *cache.Cache[string, *rate.Limiter]
 }
 
@@ -72,7 +72,7 @@ func NewListener(inner net.Listener, cfg ListenerConfig) (*Listener, error) {
 		return nil, err
 	}
 	l := &Listener{inner: inner, cfg: cfg, end: e, ready: make(chan *Conn), failed: make(chan error, 1), slots: make(chan struct{}, cfg.MaxQuotes),
-		pending: map[string]int{}, open: map[*Conn]struct{}{}, limiters: cache.New[string, *rate.Limiter](2048)}
+		pending: map[string]int{}, limiters: cache.New[string, *rate.Limiter](2048)}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	l.group.Go(l.acceptAll)
 	return l, nil
@@ -115,7 +115,7 @@ func (l *Listener) pause() bool {
 
 // admit counts a connection against its address.
 func (l *Listener) admit(raw net.Conn) (host string, ok bool) {
-	host, _, err := net.SplitHostPort(address(raw))
+	host, err := clientOf(address(raw))
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err == nil { // other sockets than TCP have no addresses to tell clients by
@@ -128,12 +128,27 @@ func (l *Listener) admit(raw net.Conn) (host string, ok bool) {
 			return host, false
 		}
 	}
-	if l.total >= l.cfg.MaxHandshakes || len(l.open) >= l.cfg.MaxConnections {
+	if l.total >= l.cfg.MaxHandshakes || l.end.count() >= l.cfg.MaxConnections {
 		return host, false
 	}
 	l.pending[host]++
 	l.total++
 	return host, true
+}
+
+// clientOf is what limits count as one address: of IPv6 a /64, all of which one machine
+// may have.
+func clientOf(address string) (string, error) {
+	a, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return "", err
+	}
+	ip := a.Addr().Unmap().WithZone("")
+	if ip.Is4() {
+		return ip.String(), nil
+	}
+	prefix, err := ip.Prefix(64)
+	return prefix.String(), err
 }
 
 func (l *Listener) done(host string) {
@@ -168,20 +183,14 @@ func (l *Listener) handshaken(raw net.Conn) (*Conn, error) {
 	if err == nil {
 		ttl, err = h.serve(ctx, &l.cfg, l.slots)
 	}
+	var c *Conn
+	if err == nil {
+		c, err = h.open(ctx, ttl, h.peer.Service, nil)
+	}
 	if failed := h.finish(err); failed != nil {
 		return nil, failed
 	}
-	c := newConn(h, ttl, l.closed)
-	l.mu.Lock()
-	l.open[c] = struct{}{}
-	l.mu.Unlock()
 	return c, nil
-}
-
-func (l *Listener) closed(c *Conn) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	delete(l.open, c)
 }
 
 // Accept returns the next open channel, a *Conn.
@@ -212,29 +221,13 @@ func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
 // Peers lists the peers of open channels.
 func (l *Listener) Peers() []*Peer {
 	var peers []*Peer
-	for _, c := range l.channels() {
+	for _, c := range l.end.channels() {
 		peers = append(peers, c.peer)
 	}
 	return peers
 }
 
-func (l *Listener) channels() (all []*Conn) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for c := range l.open {
-		all = append(all, c)
-	}
-	return all
-}
-
 // Reappraise judges the peers of all open channels by the policy of now, as after a
 // reload, and drains the channels of those that are no longer accepted. It returns how
 // many these are.
-func (l *Listener) Reappraise(ctx context.Context) (denied int) {
-	for _, c := range l.channels() {
-		if c.reappraise(ctx, c.peer.Service, nil) != nil {
-			denied++
-		}
-	}
-	return denied
-}
+func (l *Listener) Reappraise(ctx context.Context) (denied int) { return l.end.reappraiseAll(ctx) }
