@@ -194,10 +194,16 @@ func TestDstackSimulatorKeys(t *testing.T) {
 	for _, c := range []struct {
 		got         []byte
 		begin, ends string
-	}{{k.Bytes(), "b9fbb717", "fc042cb7"}, {k.Chain[0], "f50c5173", "978d01"}, {k.Chain[1], "9e618603", "c500"}, {public, "02818494", "fc7c"}} {
+	}{{k.Bytes(), "b9fbb717", "fc042cb7"}, {k.Chain[0], "f50c5173", "978d01"}, {k.Chain[1], "9e618603", "c500"},
+		{public, "02818494263695e8839122dbd88e281d7380622999df4e60a14befa0f2d096fc7c", ""}} {
 		if s := hex.EncodeToString(c.got); !strings.HasPrefix(s, c.begin) || !strings.HasSuffix(s, c.ends) {
 			t.Errorf("%s, want %s...%s", s, c.begin, c.ends)
 		}
+	}
+	appID := unhex("5bb4ff9a3837357f19dc176407a5709c62eb6c56")
+	root := recoverKey(t, k.Chain[1], keccak([]byte("dstack-kms-issued:"), appID, public))
+	if got := hex.EncodeToString(root); got != "0321529e458424ab1f710a3a57ec4dad2fb195ddca572f7469242ba6c7563085b6" {
+		t.Errorf("the chain leads to the KMS root %s", got)
 	}
 }
 
