@@ -36,7 +36,7 @@ func benchDaemon(b *testing.B) *daemon {
 	files := measure.SampleApp()
 	_, err = measureBoot(ctx, cfg, dir, l, files)
 	check(b, err)
-	d, err := newDaemon(ctx, cfg, dir, back, l, files, slog.New(slog.DiscardHandler))
+	d, err := newDaemon(ctx, cfg, dir, back, l, "", files, slog.New(slog.DiscardHandler))
 	check(b, err)
 	listeners, err := listenAll(cfg, dir, true)
 	check(b, err)

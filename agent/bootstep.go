@@ -114,7 +114,7 @@ func lockMeasure(ctx context.Context, dir runtimeDir) (*os.File, error) {
 
 // forgetBoot removes what an earlier boot has left where the folder outlived it.
 func forgetBoot(dir runtimeDir) error {
-	for _, f := range []string{dir.agentKey(), dir.seed()} {
+	for _, f := range []string{dir.agentKey(), dir.seed(), dir.appSeed()} {
 		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

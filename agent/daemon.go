@@ -33,6 +33,7 @@ type daemon struct {
 	ledger   *measure.Ledger
 	attester *measure.Attester
 	files    *measure.GuestFiles // nil: no application files
+	keys     *appKeys
 	access   []status.Access
 	cloud    [2]string // DMI vendor and product
 	channel  *atls.Key // nil: this boot has no agent key
@@ -41,6 +42,9 @@ type daemon struct {
 	info     guestapi.Info
 	infoOf   infoKey // what info was made from
 	diverged string  // the last problem reported, so that each is logged once
+	appCert  string  // PEM chain, "" while there is none
+
+	uncertified string // why there is no appCert; the background's alone
 }
 
 // infoKey is all that Info depends on and that changes while the agent runs.
@@ -49,10 +53,11 @@ type infoKey struct {
 	records int
 }
 
-func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *measure.Ledger, files *measure.GuestFiles, log *slog.Logger) (*daemon, error) {
+// newDaemon takes the folder that files came from, "" for the configured one.
+func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *measure.Ledger, hostShared string, files *measure.GuestFiles, log *slog.Logger) (*daemon, error) {
 	s, err := l.Snapshot(ctx)
 	cfg = provableConfig(cfg, b, s, err)
-	d := &daemon{cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), backend: b, ledger: l, files: files,
+	d := &daemon{keys: newAppKeys(cfg, hostShared, dir, files), cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), backend: b, ledger: l, files: files,
 		cloud: [2]string{dmi("sys_vendor"), dmi("product_name")}}
 	ac := measure.AttesterConfig{Quoter: b.quoter, Ledger: l, Boot: b.boot, ServeDiverged: cfg.OnForeignExtend == "serve"}
 	if files != nil {
@@ -216,6 +221,9 @@ func (d *daemon) background(ctx context.Context) {
 			if _, err := d.Evidence(ctx, measure.ReportData{}, guestapi.Caller{}); err != nil && ctx.Err() == nil {
 				d.log.Warn("background quote failed; it will be tried again", "error", err)
 			}
+		}
+		if d.attester.LastQuote() != nil {
+			d.keepCertified(ctx)
 		}
 		select {
 		case <-ctx.Done():

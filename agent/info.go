@@ -30,17 +30,17 @@ func (d *daemon) Info(ctx context.Context) (guestapi.Info, error) {
 	}
 	key := infoKey{regs: regs, records: len(s.Records)}
 	d.mu.Lock()
-	info, fresh := d.info, d.infoOf == key
+	info, fresh, cert := d.info, d.infoOf == key, d.appCert
 	d.mu.Unlock()
-	if fresh {
-		return info, nil
+	if !fresh {
+		if info, err = d.newInfo(s, regs); err != nil {
+			return info, err
+		}
+		d.mu.Lock()
+		d.info, d.infoOf = info, key
+		d.mu.Unlock()
 	}
-	if info, err = d.newInfo(s, regs); err != nil {
-		return info, err
-	}
-	d.mu.Lock()
-	d.info, d.infoOf = info, key
-	d.mu.Unlock()
+	info.AppCert = cert
 	return info, nil
 }
 

@@ -19,6 +19,7 @@ func (d runtimeDir) log() string             { return d.path("log") }
 func (d runtimeDir) ccel() string            { return d.path("log/ccel") }
 func (d runtimeDir) agentKey() string        { return d.path("log/agent.key") }
 func (d runtimeDir) seed() string            { return d.path("log/instance-id-seed") }
+func (d runtimeDir) appSeed() string         { return d.path("log/app-seed") }
 func (d runtimeDir) td() string              { return d.path("td") }
 func (d runtimeDir) simulatedRoot() string {
 	return d.path("simulated-root.pem")

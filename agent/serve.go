@@ -65,10 +65,11 @@ func serve(ctx context.Context, o serveOptions, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	d, err := newDaemon(ctx, cfg, dir, b, ledger, files, log)
+	d, err := newDaemon(ctx, cfg, dir, b, ledger, o.hostShared, files, log)
 	if err != nil {
 		return err
 	}
+	defer d.keys.drop()
 	listeners, err := listenAll(cfg, dir, o.simulate || o.runtimeDir != "")
 	if err != nil {
 		return err
@@ -112,7 +113,7 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 		{Socket: listeners[socketAdmin].Addr().String(), Grants: []string{"emit"}},
 	}
 	for name, surface := range map[string]guestapi.Surface{socketDstack: guestapi.Dstack, socketTappd: guestapi.Tappd} {
-		s := guestapi.NewServer(guestapi.Config{Surface: surface, Grants: app, Guest: d, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait})
+		s := guestapi.NewServer(guestapi.Config{Surface: surface, Grants: app, Guest: d, Keys: d.appKeys, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait})
 		d.start(ctx, group, s, listeners[name])
 	}
 	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])

@@ -40,8 +40,8 @@ func ReadDstackLog(dir string) ([]Event, error) {
 	path := filepath.Join(dir, "dstack", "runtime_events.log")
 	oldPath := filepath.Join(dir, "tdx_mr3", "tdx_events.log")
 	version := EventV1
-	b, err := guestRead(path, maxDstackLog)
-	old, oldErr := guestRead(oldPath, maxDstackLog)
+	b, err := ReadGuestFile(path, maxDstackLog)
+	old, oldErr := ReadGuestFile(oldPath, maxDstackLog)
 	switch {
 	case err == nil && !errors.Is(oldErr, fs.ErrNotExist):
 		return nil, fmt.Errorf("%s and %s are both there: remove the one that does not give RTMR3", path, oldPath)
@@ -61,7 +61,7 @@ func ReadDstackLog(dir string) ([]Event, error) {
 }
 
 func readDstackLogVersion(path string) (int, error) {
-	b, err := guestRead(path, 16)
+	b, err := ReadGuestFile(path, 16)
 	if errors.Is(err, fs.ErrNotExist) {
 		return EventV1, nil
 	}

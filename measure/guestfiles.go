@@ -77,7 +77,7 @@ func ReadGuestFiles(dir string, opt GuestFileOptions) (*GuestFiles, error) {
 	var f GuestFiles
 	var err error
 	compose := filepath.Join(dir, "app-compose.json")
-	if f.AppCompose, err = guestRead(compose, maxAppCompose); err != nil {
+	if f.AppCompose, err = ReadGuestFile(compose, maxAppCompose); err != nil {
 		return nil, err
 	}
 	if f.Compose, err = ParseAppCompose(f.AppCompose); err != nil {
@@ -113,7 +113,7 @@ func ReadGuestFiles(dir string, opt GuestFileOptions) (*GuestFiles, error) {
 
 // guestParse reads one file and parses it; a missing optional file is no error.
 func guestParse(path string, limit int64, optional bool, parse func([]byte) error) error {
-	b, err := guestRead(path, limit)
+	b, err := ReadGuestFile(path, limit)
 	if optional && errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -126,10 +126,11 @@ func guestParse(path string, limit int64, optional bool, parse func([]byte) erro
 	return nil
 }
 
-// guestRead reads a whole regular file of at most limit bytes. It does not follow
+// ReadGuestFile reads a whole regular file of at most limit bytes, one that somebody
+// else has written. It does not follow
 // a symbolic link and, by O_NONBLOCK, does not hang when opening a FIFO. The
 // buffer is allocated once, so that a secret in it can be cleared.
-func guestRead(path string, limit int64) ([]byte, error) {
+func ReadGuestFile(path string, limit int64) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		if errors.Is(err, syscall.ELOOP) {

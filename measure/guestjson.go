@@ -15,6 +15,11 @@ import (
 // readers of the same file do not.
 type guestObject map[string]json.RawMessage
 
+// ParseJSONObject returns the members of one JSON object by their exact names.
+// Duplicate names are refused. The values are parts of b, not copies, so that whoever
+// clears b has cleared them; nested objects are not looked into.
+func ParseJSONObject(b []byte) (map[string]json.RawMessage, error) { return parseGuestObject(b) }
+
 // parseGuestObject parses one JSON object of valid UTF-8 without copying values.
 // Nested objects are not looked into.
 func parseGuestObject(b []byte) (guestObject, error) {

@@ -5,8 +5,10 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"hash"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 
@@ -17,10 +19,20 @@ import (
 type sample struct {
 	data []byte
 	text string
+	list []string
+	flag bool
+	num  *uint64
 }
 
 func (s *sample) fields() message {
-	return message{{"report_data", 1, &s.data}, {"prefix", 3, &s.text}}
+	return message{{"report_data", 1, &s.data}, {"prefix", 3, &s.text}, {"alt_names", 4, &s.list}, {"random_seed", 7, &s.flag}, {"not_before", 6, &s.num}}
+}
+
+func (s *sample) equal(o *sample) bool {
+	if s.num != nil && o.num != nil && *s.num != *o.num {
+		return false
+	}
+	return bytes.Equal(s.data, o.data) && s.text == o.text && slices.Equal(s.list, o.list) && s.flag == o.flag && (s.num == nil) == (o.num == nil)
 }
 
 // fuzzDecoder checks that whatever decodes is the same after one more round through
@@ -43,8 +55,8 @@ func fuzzDecoder(f *testing.F, enc encoding, encode func(message) []byte) {
 		if err := a.decode(second.fields()); err != nil {
 			t.Fatalf("encoded as %q: %v", a.payload, err)
 		}
-		if !bytes.Equal(first.data, second.data) || first.text != second.text {
-			t.Fatalf("%q became %q", first, second)
+		if !first.equal(&second) {
+			t.Fatalf("%+v became %+v", first, second)
 		}
 	})
 }
@@ -53,6 +65,8 @@ func FuzzDecodeJSON(f *testing.F) {
 	f.Add([]byte(`{"report_data":"0x0A","prefix":"\ud83d\ude00\u00e4","x":[{}]}`))
 	f.Add([]byte(`{"report_data":"","report_data":""}`))
 	f.Add([]byte(`{"prefix":"\ud800"}`))
+	f.Add([]byte(`{"alt_names":["a",""],"random_seed":true,"not_before":18446744073709551615}`))
+	f.Add([]byte(`{"alt_names":[["a"]],"random_seed":null,"not_before":null}`))
 	fuzzDecoder(f, encodingJSON, func(m message) []byte {
 		b := m.appendJSON(nil)
 		if !isASCII(b) || !json.Valid(b) {
@@ -65,15 +79,26 @@ func FuzzDecodeJSON(f *testing.F) {
 func FuzzDecodeProto(f *testing.F) {
 	f.Add([]byte("\x0a\x02\xab\xcd\x1a\x01a\xe8\x04\x05"))
 	f.Add([]byte("\x9b\x06"))
+	f.Add([]byte("\x22\x01a\x22\x00\x38\x01\x30\xff\xff\x03"))
 	fuzzDecoder(f, encodingProtobuf, func(m message) []byte { return m.appendProto(nil) })
 }
 
 func FuzzDecodeQuery(f *testing.F) {
 	f.Add([]byte("report_data=0x0A&prefix=a+b%20c&json"))
 	f.Add([]byte("prefix[0]=%zz"))
+	f.Add([]byte("alt_names[0]=a&alt_names%5B1%5D=b&random_seed=true&not_before=7"))
+	f.Add([]byte("alt_names[]=a&alt_names[]=&random_seed=false"))
 	fuzzDecoder(f, encodingQuery, func(m message) []byte {
 		escaped := strings.NewReplacer("%", "%25", "+", "%2b", "&", "%26")
-		return []byte("report_data=" + hex.EncodeToString(*m[0].value.(*[]byte)) + "&prefix=" + escaped.Replace(*m[1].value.(*string)))
+		q := "report_data=" + hex.EncodeToString(*m[0].value.(*[]byte)) + "&prefix=" + escaped.Replace(*m[1].value.(*string))
+		for i, name := range *m[2].value.(*[]string) {
+			q += fmt.Sprintf("&alt_names[%d]=%s", i, escaped.Replace(name))
+		}
+		q += fmt.Sprintf("&random_seed=%v", *m[3].value.(*bool))
+		if n := *m[4].value.(**uint64); n != nil {
+			q += fmt.Sprintf("&not_before=%d", *n)
+		}
+		return []byte(q)
 	})
 }
 

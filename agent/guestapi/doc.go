@@ -9,12 +9,11 @@
 // object (or protobuf message) that has one member, error.
 //
 // Where dstack and this package differ, this one is stricter or says more: digests
-// are never blank, bodies are capped at 64 KiB, duplicate JSON keys and reserved
+// are never blank, bodies are capped at 64 KiB (Sign and Verify 1 MiB), duplicate JSON keys and reserved
 // report data are refused, an error carries the header Tdx-Agent-Exit with the exit
 // status that the program's own client uses, and what a socket may do is a set of
 // [Grants] whose zero value denies everything.
 //
-// The agent itself is behind the [Guest] interface. Methods that need key material
-// (GetTlsKey, GetKey, Sign, Verify, DeriveKey, DeriveK256Key) are known and answer
-// an error.
+// The agent itself is behind the [Guest] interface, its keys behind [Config]. An
+// answer that holds key material is overwritten once it is written.
 package guestapi

@@ -86,7 +86,9 @@ type Grants struct {
 	// quotes for any purpose that report data marks, a KMS's key release included.
 	RawReportData bool
 	Measure       bool // EmitEvent
-	Keys          bool // the methods that need key material, once they are served
+	// Keys allows GetKey, GetTlsKey, Sign, Verify, DeriveKey and DeriveK256Key, with
+	// any path: whoever has it has all of the application's keys.
+	Keys bool
 }
 
 // Surface is which of dstack's two services a socket speaks.

@@ -15,8 +15,12 @@ import (
 	"time"
 )
 
-// maxBody bounds a request body; dstack takes 10 MiB.
-const maxBody = 64 << 10
+// The bounds of a request body, the usual one and that of methods which take data to
+// sign; dstack takes 10 MiB.
+const (
+	maxBody      = 64 << 10
+	maxLargeBody = 1 << 20
+)
 
 const (
 	mediaJSON     = "application/json"
@@ -32,6 +36,7 @@ type response struct {
 	retry  string // seconds, or ""
 	allow  string
 	text   string // of an error, for the log
+	secret bool   // the body holds key material
 }
 
 func (r *response) write(w http.ResponseWriter) {
@@ -49,6 +54,9 @@ func (r *response) write(w http.ResponseWriter) {
 	}
 	w.WriteHeader(r.status)
 	w.Write(r.body) // an error here is the client's
+	if r.secret {
+		clear(r.body)
+	}
 }
 
 // handle answers one request of either surface.
@@ -140,19 +148,29 @@ func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer 
 		}
 		return o.answer(enc)
 	}
+	answer = response{status: http.StatusOK, secret: s.methods[name].secret}
 	if enc == encodingProtobuf {
-		return response{status: http.StatusOK, media: mediaProtobuf, body: reply.appendProto(nil)}
+		answer.media, answer.body = mediaProtobuf, reply.appendProto(nil)
+	} else {
+		answer.media, answer.body = mediaJSON, reply.appendJSON(nil)
 	}
-	return response{status: http.StatusOK, media: mediaJSON, body: reply.appendJSON(nil)}
+	if answer.secret {
+		reply.clear()
+	}
+	return answer
 }
 
 func (s *Server) run(w http.ResponseWriter, r *http.Request, c *call, peer *peerConn) (message, error) {
-	payload, err := s.payload(w, r)
+	m, ok := s.methods[c.method]
+	limit := maxBody
+	if m.large && s.cfg.Grants.Keys {
+		limit = maxLargeBody
+	}
+	payload, err := s.payload(w, r, limit)
 	if err != nil {
 		return nil, err
 	}
 	c.arguments.payload = payload
-	m, ok := s.methods[c.method]
 	if !ok {
 		return nil, badRequest("Service not found: %s", clip(c.method))
 	}
@@ -163,7 +181,7 @@ func (s *Server) run(w http.ResponseWriter, r *http.Request, c *call, peer *peer
 	}
 	ctx, cancel := s.callContext(r, peer)
 	defer cancel()
-	return m(s, ctx, c)
+	return m.run(s, ctx, c)
 }
 
 // callContext bounds the Guest's work for r: it ends after CallTimeout and when the
@@ -180,18 +198,19 @@ func (s *Server) callContext(r *http.Request, peer *peerConn) (context.Context, 
 	}
 }
 
-// payload returns the encoded arguments: the query of a GET, the body of a POST.
-func (s *Server) payload(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+// payload returns the encoded arguments: the query of a GET, the body of a POST, of
+// at most limit bytes.
+func (s *Server) payload(w http.ResponseWriter, r *http.Request, limit int) ([]byte, error) {
 	if r.Method == http.MethodGet {
 		return []byte(r.URL.RawQuery), nil
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, int64(limit)))
 	var tooLarge *http.MaxBytesError
 	switch {
 	case err == nil:
 		return body, nil
 	case errors.As(err, &tooLarge):
-		return nil, badRequest("failed to read data: payload too large, want at most %d bytes", maxBody)
+		return nil, badRequest("failed to read data: payload too large, want at most %d bytes", limit)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, &requestError{
 			text: fmt.Sprintf("the request body did not arrive within %v: got %d bytes of %s", s.cfg.ReadTimeout, len(body), announced(r)),

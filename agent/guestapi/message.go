@@ -12,7 +12,8 @@ import (
 )
 
 // field ties one member of a dstack message to the Go value that holds it. The
-// value is a *[]byte (hexadecimal in JSON and in queries) or a *string.
+// value is a *[]byte (hexadecimal in JSON and in queries), a *string, a *bool, an
+// **uint64 (nil: not there), a *[]string, or in answers a *[][]byte or a *pemText.
 type field struct {
 	name  string
 	num   protowire.Number
@@ -56,17 +57,15 @@ func (f *field) setText(s string) error {
 			return badRequest("%s: not valid UTF-8", f.name)
 		}
 		*v = s
+	case *[]string:
+		if !utf8.ValidString(s) {
+			return badRequest("%s: not valid UTF-8", f.name)
+		}
+		*v = append(*v, s)
+	default:
+		return f.setLiteral(s)
 	}
 	return nil
-}
-
-// setBytes stores a value that came as protobuf bytes.
-func (f *field) setBytes(b []byte) error {
-	if v, ok := f.value.(*[]byte); ok {
-		*v = b
-		return nil
-	}
-	return f.setText(string(b))
 }
 
 // decodeHex takes what dstack's codec takes: any number of leading 0x, digits of
@@ -100,14 +99,7 @@ func (m message) appendJSON(b []byte) []byte {
 		b = append(b, sep)
 		b = appendQuoted(b, m[i].name)
 		b = append(b, ':')
-		switch v := m[i].value.(type) {
-		case *[]byte:
-			b = append(b, '"')
-			b = hex.AppendEncode(b, *v)
-			b = append(b, '"')
-		case *string:
-			b = appendQuoted(b, *v)
-		}
+		b = appendValue(b, m[i].value)
 	}
 	return append(b, '}')
 }
@@ -123,6 +115,8 @@ func (m message) sizeJSON() int {
 			size += 2 * len(*v)
 		case *string:
 			size += len(*v) + strings.Count(*v, `"`) + strings.Count(*v, "\n") + 16
+		default:
+			size += sizeValue(v)
 		}
 	}
 	return size
@@ -194,6 +188,8 @@ func (m message) appendProto(b []byte) []byte {
 				b = protowire.AppendTag(b, m[i].num, protowire.BytesType)
 				b = protowire.AppendString(b, strings.ToValidUTF8(*v, "\ufffd"))
 			}
+		default:
+			b = appendProtoValue(b, m[i].num, v)
 		}
 	}
 	return b

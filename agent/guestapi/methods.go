@@ -14,33 +14,40 @@ type call struct {
 	caller    Caller
 }
 
-// method answers a call. Methods check grants before they look at the arguments.
-type method func(s *Server, ctx context.Context, c *call) (message, error)
+// method is one method of a surface.
+type method struct {
+	// run answers a call. It checks grants before it looks at the arguments.
+	run func(s *Server, ctx context.Context, c *call) (message, error)
+	// large allows a body of 1 MiB to who has the grant for keys.
+	large bool
+	// secret says that the answer holds key material.
+	secret bool
+}
 
 // methodsOf returns what a surface knows, by name. Names are case-sensitive.
 func methodsOf(surface Surface) map[string]method {
 	switch surface {
 	case Dstack:
 		return map[string]method{
-			"GetQuote":  (*Server).getQuote,
-			"Attest":    (*Server).attest,
-			"Info":      (*Server).info,
-			"EmitEvent": (*Server).emitEvent,
-			"Version":   (*Server).version,
-			"GpuInfo":   (*Server).gpuInfo,
-			"GetTlsKey": (*Server).needsKeys,
-			"GetKey":    (*Server).needsKeys,
-			"Sign":      (*Server).needsKeys,
-			"Verify":    (*Server).needsKeys,
+			"GetQuote":  {run: (*Server).getQuote},
+			"Attest":    {run: (*Server).attest},
+			"Info":      {run: (*Server).info},
+			"EmitEvent": {run: (*Server).emitEvent},
+			"Version":   {run: (*Server).version},
+			"GpuInfo":   {run: (*Server).gpuInfo},
+			"GetTlsKey": {run: (*Server).getTLSKey, secret: true},
+			"GetKey":    {run: (*Server).getKey, secret: true},
+			"Sign":      {run: (*Server).sign, large: true},
+			"Verify":    {run: (*Server).verify, large: true},
 		}
 	case Tappd:
 		return map[string]method{
-			"TdxQuote":      (*Server).tdxQuote,
-			"RawQuote":      (*Server).rawQuote,
-			"Info":          (*Server).info,
-			"Version":       (*Server).version,
-			"DeriveKey":     (*Server).needsKeys,
-			"DeriveK256Key": (*Server).needsKeys,
+			"TdxQuote":      {run: (*Server).tdxQuote},
+			"RawQuote":      {run: (*Server).rawQuote},
+			"Info":          {run: (*Server).info},
+			"Version":       {run: (*Server).version},
+			"DeriveKey":     {run: (*Server).deriveKey, secret: true},
+			"DeriveK256Key": {run: (*Server).deriveK256Key, secret: true},
 		}
 	}
 	return nil
@@ -211,9 +218,4 @@ func (s *Server) emitEvent(ctx context.Context, c *call) (message, error) {
 		return nil, err
 	}
 	return nil, s.cfg.Guest.Emit(ctx, name, payload, c.caller)
-}
-
-// needsKeys answers the methods that this agent knows, but has no keys for.
-func (s *Server) needsKeys(_ context.Context, c *call) (message, error) {
-	return nil, &requestError{text: c.method + " needs key material, which this agent does not serve yet", exit: exitFailure}
 }

@@ -142,12 +142,21 @@ func decodeObject(text []byte, m message) error {
 	return nil
 }
 
-// setJSON stores a JSON value, which must be a string. A nil field is one that
-// nobody asked for.
+// setJSON stores a JSON value. A nil field is one that nobody asked for.
 func (f *field) setJSON(value json.RawMessage) error {
 	if f == nil {
 		return nil
 	}
+	switch f.value.(type) {
+	case *[]string:
+		return f.setJSONList(value)
+	case *bool, **uint64:
+		return f.setJSONLiteral(value)
+	}
+	return f.setJSONString(value)
+}
+
+func (f *field) setJSONString(value json.RawMessage) error {
 	var s string
 	if len(value) == 0 || value[0] != '"' || json.Unmarshal(value, &s) != nil {
 		return badRequest("%s: want a string, got %s", f.name, clip(string(value)))
@@ -172,10 +181,10 @@ func decodeQuery(query string, m message) error {
 		if f == nil {
 			continue
 		}
-		if list {
-			return badRequest("%s: want one value, not a list", f.name)
+		if err := f.checkIndex(name[len(base):], list); err != nil {
+			return err
 		}
-		if seen[name] {
+		if seen[name] && !strings.HasSuffix(name, "[]") {
 			return badRequest("duplicate field %q", name)
 		}
 		seen[name] = true
@@ -191,7 +200,8 @@ func decodeQuery(query string, m message) error {
 }
 
 // decodeProto takes a proto3 message. Unknown fields are skipped; groups, which
-// proto3 does not have, are refused. Of a repeated scalar field the last one counts.
+// proto3 does not have, are refused. Of a scalar field that is there more than once
+// the last one counts.
 func decodeProto(b []byte, m message) error {
 	for len(b) > 0 {
 		num, kind, n := protowire.ConsumeTag(b)
@@ -210,14 +220,8 @@ func decodeProto(b []byte, m message) error {
 			b = b[n:]
 			continue
 		}
-		if kind != protowire.BytesType {
-			return badRequest("%s: protobuf wire type %d, want %d", f.name, kind, protowire.BytesType)
-		}
-		value, n := protowire.ConsumeBytes(b)
-		if n < 0 {
-			return badProto(n)
-		}
-		if err := f.setBytes(value); err != nil {
+		n, err := f.setProto(kind, b)
+		if err != nil {
 			return err
 		}
 		b = b[n:]

@@ -63,23 +63,22 @@ func TestOtherHTTPMethods(t *testing.T) {
 	}
 }
 
-func TestKeyMethodsAreKnown(t *testing.T) {
+func TestAgentWithoutKeys(t *testing.T) {
 	dstack := serve(t, config(guestapi.Dstack, newTestGuest()))
-	for _, name := range []string{"GetTlsKey", "GetKey", "Sign", "Verify"} {
-		r := exchange(t, dstack, postJSON("/"+name, `{"path":"x","alt_names":["a"],"usage_ra_tls":true}`))
-		wantError(t, r, 400, 1, name+" needs key material")
+	for _, name := range []string{"GetTlsKey", "GetKey", "Sign"} {
+		wantError(t, exchange(t, dstack, postJSON("/"+name, `{"path":"x","alt_names":["a"],"usage_ra_tls":true}`)), 400, 1, "this agent has no keys")
 	}
 	tappd := serve(t, config(guestapi.Tappd, newTestGuest()))
 	for _, name := range []string{"DeriveKey", "DeriveK256Key"} {
-		wantError(t, exchange(t, tappd, get("/prpc/Tappd."+name)), 400, 1, name+" needs key material")
+		wantError(t, exchange(t, tappd, get("/prpc/Tappd."+name)), 400, 1, "this agent has no keys")
 	}
 }
 
 func TestGrantsDenyByDefault(t *testing.T) {
 	guest := newTestGuest()
 	requests := map[guestapi.Surface][]string{
-		guestapi.Dstack: {"/GetQuote", "/Attest", "/Info", "/EmitEvent", "/Version", "/GpuInfo"},
-		guestapi.Tappd:  {"/prpc/TdxQuote", "/prpc/RawQuote", "/prpc/Info", "/prpc/Version"},
+		guestapi.Dstack: {"/GetQuote", "/Attest", "/Info", "/EmitEvent", "/Version", "/GpuInfo", "/GetKey", "/GetTlsKey", "/Sign", "/Verify"},
+		guestapi.Tappd:  {"/prpc/TdxQuote", "/prpc/RawQuote", "/prpc/Info", "/prpc/Version", "/prpc/DeriveKey", "/prpc/DeriveK256Key"},
 	}
 	for surface, targets := range requests {
 		cfg := config(surface, guest)
@@ -101,6 +100,17 @@ func TestEmitEventNeedsMeasure(t *testing.T) {
 	r := exchange(t, serve(t, cfg), postJSON("/EmitEvent", `{"event":"a","payload":""}`))
 	wantError(t, r, 400, 8, "full_access = true under [compat]")
 	wantError(t, r, 400, 8, "admin socket")
+}
+
+func TestKeysNeedTheirGrant(t *testing.T) {
+	cfg := keyConfig(t, guestapi.Dstack)
+	cfg.Grants.Keys = false
+	path := serve(t, cfg)
+	for _, name := range []string{"GetTlsKey", "GetKey", "Sign", "Verify"} {
+		wantError(t, exchange(t, path, postJSON("/"+name, `{"algorithm":"ed25519"}`)), 400, 8, "full_access = true under [compat]")
+	}
+	// The larger body is for who may use keys.
+	wantError(t, exchange(t, path, postJSON("/Sign", strings.Repeat(" ", 64<<10+1))), 400, 2, "want at most 65536 bytes")
 }
 
 func TestRawReportDataIsAGrantOfItsOwn(t *testing.T) {

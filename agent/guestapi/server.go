@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/http"
 	"time"
+
+	"tdx-agent/agent/keys"
 )
 
 // maxHeader bounds the request line and headers; a GET carries its arguments there.
@@ -21,6 +23,9 @@ type Config struct {
 	Surface Surface
 	Grants  Grants // of every caller of this socket
 	Guest   Guest
+	// Keys returns the application's keys; nil is an agent that has none. It is asked
+	// for every method that needs them, and its error is the answer.
+	Keys func(ctx context.Context) (*keys.App, error)
 
 	Version  string // answer to the method Version
 	Revision string // of the source, such as "git:0123456789abcdef0123"; "" is sent as "unknown"

@@ -1,10 +1,13 @@
 // Exercises dstack's published JavaScript SDK against the agent whose sockets are
 // named by DSTACK_SIMULATOR_ENDPOINT and TAPPD_SIMULATOR_ENDPOINT. Ends with the line
-// "N passed, N failed" and status 1 if anything failed. Only methods that need no key
-// material are called.
+// "N passed, N failed" and status 1 if anything failed. Every method of the SDK is
+// called.
 import assert from 'node:assert/strict'
 import http from 'node:http'
-import { createHash, randomBytes } from 'node:crypto'
+import { createHash, createPrivateKey, randomBytes, X509Certificate } from 'node:crypto'
+import { secp256k1 } from '@noble/curves/secp256k1'
+import { ed25519 } from '@noble/curves/ed25519'
+import { keccak_256 } from '@noble/hashes/sha3'
 import { DstackClient, TappdClient } from '@phala/dstack-sdk'
 
 console.warn = () => {} // the SDK announces its endpoint and deprecations there
@@ -35,6 +38,7 @@ async function test(name, body) {
 }
 
 // The registers and the report data in a quote (TDX DCAP, version 4 layout).
+const hex = (bytes) => Buffer.from(bytes).toString('hex')
 const rtmrsOf = (quote) => [376, 424, 472, 520].map((at) => Buffer.from(quote, 'hex').subarray(at, at + 48).toString('hex'))
 const reportDataOf = (quote) => Buffer.from(quote, 'hex').subarray(568, 632).toString('hex')
 
@@ -137,6 +141,109 @@ await test('tappd tdxQuote raw', async () => {
 
 await test('errors reach the caller', async () => {
   await assert.rejects(tappd.tdxQuote('test', 'md5'), /invalid hash algorithm/)
+})
+
+// signedBy returns the key that made one signature of a chain, in hex.
+function signedBy(text, signature) {
+  assert.equal(signature.length, 65)
+  return secp256k1.Signature.fromCompact(signature.slice(0, 64)).addRecoveryBit(signature[64]).recoverPublicKey(keccak_256(Buffer.from(text))).toHex(true)
+}
+
+await test('getKey', async () => {
+  const result = await dstack.getKey('/my/path', 'test')
+  assert.equal(result.key.length, 32)
+  assert.equal(result.signature_chain.length, 2)
+  const again = await dstack.getKey('/my/path', 'other')
+  assert.equal(hex(again.key), hex(result.key))
+  assert.notEqual(hex((await dstack.getKey('/my/other')).key), hex(result.key))
+  // The same application key signs for every purpose.
+  const publicKey = hex(secp256k1.getPublicKey(result.key))
+  assert.equal(signedBy(`test:${publicKey}`, result.signature_chain[0]), signedBy(`other:${publicKey}`, again.signature_chain[0]))
+})
+
+await test('getKey with each algorithm', async () => {
+  const first = await dstack.getKey('a', 'p', 'secp256k1')
+  const alias = await dstack.getKey('a', 'p', 'k256')
+  const edwards = await dstack.getKey('a', 'p', 'ed25519')
+  assert.equal(hex(alias.key), hex(first.key))
+  assert.equal(hex(edwards.key), hex(first.key))
+  assert.equal(signedBy(`p:${hex(ed25519.getPublicKey(edwards.key))}`, edwards.signature_chain[0]),
+    signedBy(`p:${hex(secp256k1.getPublicKey(first.key))}`, first.signature_chain[0]))
+  await assert.rejects(dstack.getKey('a', 'p', 'rsa'))
+})
+
+// checkTLSKey holds a key and its chain together.
+function checkTLSKey(result) {
+  const chain = result.certificate_chain.map((pem) => new X509Certificate(pem))
+  assert.equal(chain.length, 2)
+  assert.ok(chain[0].checkPrivateKey(createPrivateKey(result.key)))
+  assert.ok(chain[0].verify(chain[1].publicKey))
+  assert.ok(result.asUint8Array(32).length === 32)
+  return chain[0]
+}
+
+await test('getTlsKey', async () => {
+  const result = await dstack.getTlsKey({ subject: 'sdktest', altNames: ['a.example', '127.0.0.1'], usageServerAuth: true, usageClientAuth: true })
+  const leaf = checkTLSKey(result)
+  assert.equal(leaf.subject, 'CN=sdktest')
+  assert.equal(leaf.subjectAltName, 'DNS:a.example, IP Address:127.0.0.1')
+  assert.deepEqual(leaf.keyUsage, ['1.3.6.1.5.5.7.3.1', '1.3.6.1.5.5.7.3.2'])
+  assert.notEqual((await dstack.getTlsKey()).key, result.key)
+})
+
+await test('getTlsKey with evidence, dates and application info', async () => {
+  const leaf = checkTLSKey(await dstack.getTlsKey({ usageRaTls: true, notBefore: 1600000000, notAfter: 4000000000, withAppInfo: true }))
+  assert.equal(new Date(leaf.validFrom).getTime(), 1600000000000)
+  assert.equal(new Date(leaf.validTo).getTime(), 4000000000000)
+  const der = leaf.raw.toString('hex')
+  for (const last of ['01', '02', '04', '08', '09']) {
+    assert.ok(der.includes('060a2b0601040183e73d01' + last), `extension .${Number(last)} is missing`)
+  }
+  const bound = createHash('sha512').update('ratls-cert:').update(leaf.publicKey.export({ type: 'spki', format: 'der' })).digest('hex')
+  assert.ok(der.includes(bound), 'no quote of this key')
+})
+
+await test('sign and verify', async () => {
+  const digest = createHash('sha256').update('data').digest()
+  for (const [algorithm, data] of [['ed25519', 'data'], ['secp256k1', 'data'], ['secp256k1_prehashed', digest]]) {
+    const signed = await dstack.sign(algorithm, data)
+    assert.equal(signed.signature_chain.length, 3)
+    assert.equal(hex(signed.signature_chain[0]), hex(signed.signature))
+    assert.equal((await dstack.verify(algorithm, data, signed.signature, signed.public_key)).valid, true)
+    assert.equal((await dstack.verify(algorithm, createHash('sha256').update('other').digest(), signed.signature, signed.public_key)).valid, false)
+    const ok = algorithm === 'ed25519' ? ed25519.verify(signed.signature, Buffer.from('data'), signed.public_key) : secp256k1.verify(signed.signature, digest, signed.public_key)
+    assert.ok(ok, `${algorithm}: another library refuses the signature`)
+  }
+  assert.match(await refusal('/Sign', { algorithm: 'secp256k1_prehashed', data: '00' }), /^Pre-hashed signing requires a 32-byte digest, but received 1 bytes$/)
+  await assert.rejects(dstack.sign('rsa', 'data'))
+})
+
+await test('the application certificate in info', async () => {
+  for (let i = 0; i < 50; i++) {
+    const { app_cert } = await dstack.info()
+    if (app_cert) {
+      const leaf = new X509Certificate(app_cert)
+      assert.equal(leaf.subject, 'CN=demo-cert')
+      assert.deepEqual(leaf.keyUsage, ['1.3.6.1.5.5.7.3.2'])
+      return
+    }
+    await new Promise((resolve) => setTimeout(resolve, 100))
+  }
+  if (process.env.SDKTEST_NO_CERTIFICATE) return 'this server makes none'
+  assert.fail('app_cert is empty after five seconds')
+})
+
+await test('tappd deriveKey', async () => {
+  const first = await tappd.deriveKey('/', 'sdktest', ['a.example'])
+  const leaf = checkTLSKey(first)
+  assert.equal(leaf.subjectAltName, 'DNS:a.example')
+  assert.equal((await tappd.deriveKey('/', 'other')).key, first.key)
+  assert.notEqual((await tappd.deriveKey('/other')).key, first.key)
+})
+
+await test('deriveKey and tdxQuote of DstackClient are refused by the SDK', async () => {
+  await assert.rejects(dstack.deriveKey('/'))
+  await assert.rejects(dstack.tdxQuote('test', 'sha256'))
 })
 
 await test('ten calls at once', async () => {

@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"sync"
+
+	"tdx-agent/agent/guestapi"
+	"tdx-agent/agent/keys"
+	"tdx-agent/measure"
+)
+
+// appKeys are the application's keys, loaded when they are first needed: before the
+// boot step has finished nobody knows whose they are.
+type appKeys struct {
+	provider keys.Provider
+	absent   error // why there is no provider
+
+	mu  sync.Mutex // guards what follows
+	app *keys.App
+}
+
+// newAppKeys chooses where the keys come from: .appkeys.json where there is one, else
+// a fresh seed for an application that asks for no provider.
+func newAppKeys(cfg *Config, hostShared string, dir runtimeDir, files *measure.GuestFiles) *appKeys {
+	switch {
+	case files == nil:
+		return &appKeys{absent: exitf(exitConfig, "no keys: the application's files could not be read when the agent started")}
+	case files.AppKeys != nil:
+		path := cfg.Boot.AppKeys
+		if path == "" && hostShared == "" {
+			hostShared = cfg.Boot.HostShared
+		}
+		if path == "" {
+			path = filepath.Join(hostShared, ".appkeys.json")
+		}
+		return &appKeys{provider: keys.File{Path: path}}
+	case files.Compose.KeyProvider != measure.KeyProviderNone:
+		return &appKeys{absent: exitf(exitConfig, "no keys: app-compose.json asks for key provider %q, and there is no .appkeys.json with its keys", files.Compose.KeyProvider)}
+	}
+	return &appKeys{provider: keys.Ephemeral{Path: dir.appSeed()}}
+}
+
+// load returns the keys. check judges who provides them, once.
+func (k *appKeys) load(ctx context.Context, check func(measure.KeyProvider) error) (*keys.App, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.app != nil || k.absent != nil {
+		return k.app, k.absent
+	}
+	app, err := k.provider.App(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("the application's keys: %w", err)
+	}
+	if err := check(app.Provider()); err != nil {
+		app.Zero()
+		return nil, err
+	}
+	k.app = app
+	return app, nil
+}
+
+func (k *appKeys) drop() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.app != nil {
+		k.app.Zero()
+	}
+}
+
+// appKeys returns the application's keys, if RTMR3 speaks of their provider.
+func (d *daemon) appKeys(ctx context.Context) (*keys.App, error) {
+	return d.keys.load(ctx, func(p measure.KeyProvider) error {
+		s, err := d.ledger.Snapshot(ctx)
+		if err := d.report(err); err != nil {
+			return err
+		}
+		if err != nil && d.cfg.OnForeignExtend != "serve" {
+			return err
+		}
+		events := s.Events()
+		if !d.measured(events) {
+			return exitf(exitDenied, "no keys yet: the boot step has not finished; run tdx-agent measure first")
+		}
+		id, err := measure.IdentityOf(events)
+		if err != nil {
+			return err
+		}
+		if got := string(p.Payload()); id.KeyProvider != "" && id.KeyProvider != got {
+			return exitf(exitConfig, "the application's keys are of provider %s, but this boot has measured %s", got, id.KeyProvider)
+		}
+		return nil
+	})
+}
+
+// certify makes the application's certificate that Info shows. Its key is dropped:
+// the certificate says who this is, and lets nobody in.
+func (d *daemon) certify(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*quoteWait)
+	defer cancel()
+	app, err := d.appKeys(ctx)
+	if err != nil {
+		return err
+	}
+	key, err := app.IssueRandom(ctx, keys.CertificateRequest{Subject: "demo-cert", Client: true, RATLS: true}, func(ctx context.Context, rd measure.ReportData) (*measure.Evidence, error) {
+		return d.Evidence(ctx, rd, guestapi.Caller{})
+	})
+	if err != nil {
+		return err
+	}
+	defer key.Zero()
+	chain := key.Chain[0]
+	for _, cert := range key.Chain[1:] {
+		chain += "\n" + cert
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.appCert = chain
+	return nil
+}
+
+// keepCertified tries for the certificate until there is one, and logs what is in the
+// way when that changes.
+func (d *daemon) keepCertified(ctx context.Context) {
+	d.mu.Lock()
+	done := d.appCert != ""
+	d.mu.Unlock()
+	if done {
+		return
+	}
+	now := ""
+	if err := d.certify(ctx); err != nil {
+		now = err.Error()
+	}
+	if now != "" && now != d.uncertified && ctx.Err() == nil {
+		d.log.Warn("no application certificate yet; Info lacks app_cert", "error", now)
+	}
+	d.uncertified = now
+}

@@ -1,0 +1,250 @@
+package keys
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+	"unicode/utf8"
+
+	"tdx-agent/measure"
+	"tdx-agent/remote/ratls"
+)
+
+// The bounds of a certificate request, in bytes and in names.
+const (
+	MaxSubject  = 256
+	MaxAltNames = 128
+	MaxAltName  = 253
+)
+
+// CertificateRequest is what a certificate is to say.
+type CertificateRequest struct {
+	Subject  string   // common name; may be empty
+	AltNames []string // IP addresses and DNS names
+	RATLS    bool     // carry evidence for the key
+	Server   bool     // extended key usages
+	Client   bool
+	AppInfo  bool // carry the application info that the evidence gives
+	// NotBefore and NotAfter are seconds since 1970; nil is 1975 and ten years from
+	// now.
+	NotBefore, NotAfter *uint64
+}
+
+// TLSKey is a P-256 key with its certificate.
+type TLSKey struct {
+	redacts
+	key *box[[]byte]
+	// Chain is PEM certificates, the leaf first, each ending in a newline.
+	Chain []string
+}
+
+// KeyPEM returns the private key in PEM (PKCS #8). The bytes are the TLSKey's own.
+func (k *TLSKey) KeyPEM() []byte { return *k.key.v }
+
+// Zero overwrites the private key.
+func (k *TLSKey) Zero() { clear(*k.key.v) }
+
+// IssueRandom makes a new key and its certificate.
+func (a *App) IssueRandom(ctx context.Context, r CertificateRequest, attest Attest) (*TLSKey, error) {
+	if err := r.check(time.Now()); err != nil {
+		return nil, err
+	}
+	seed := make([]byte, 32)
+	rand.Read(seed)
+	defer clear(seed)
+	key, err := derive(seed)
+	if err != nil {
+		return nil, err
+	}
+	return a.issue(ctx, key, r, attest)
+}
+
+// IssueDerived makes the certificate of the key of a path, which is the same every
+// time and not the one that [App.Derive] returns.
+func (a *App) IssueDerived(ctx context.Context, path string, r CertificateRequest, attest Attest) (*TLSKey, error) {
+	if err := r.check(time.Now()); err != nil {
+		return nil, err
+	}
+	key, err := a.deriveSecret(path)
+	if err != nil {
+		return nil, err
+	}
+	return a.issue(ctx, key, r, attest)
+}
+
+func (a *App) deriveSecret(path string) (*Secret, error) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	if a.key == nil {
+		return nil, errDropped
+	}
+	return derive(a.key.bytes(), path)
+}
+
+// errNoAuthority is for keys that a KMS provides: its applications' certificates are
+// signed by it.
+var errNoAuthority = errors.New("the application's certificates are issued by its KMS, which this agent does not ask yet")
+
+// issue takes over secret.
+func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, attest Attest) (*TLSKey, error) {
+	defer secret.Zero()
+	a.mu.RLock()
+	ca, dropped := a.authority, a.key == nil
+	a.mu.RUnlock()
+	switch {
+	case dropped:
+		return nil, errDropped
+	case ca == nil:
+		return nil, errNoAuthority
+	}
+	now := time.Now()
+	parent, parentPEM, err := ca.certificate(ctx, now, attest)
+	if err != nil {
+		return nil, err
+	}
+	key, err := secret.p256()
+	if err != nil {
+		return nil, err
+	}
+	template := r.template(now)
+	if template.ExtraExtensions, err = r.extensions(ctx, &key.PublicKey, attest); err != nil {
+		return nil, err
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, ca.key)
+	if err != nil {
+		return nil, fmt.Errorf("certificate: %w", err)
+	}
+	keyPEM, err := marshalKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return &TLSKey{key: &box[[]byte]{&keyPEM}, Chain: []string{certificatePEM(der), parentPEM}}, nil
+}
+
+func marshalKey(key *ecdsa.PrivateKey) ([]byte, error) {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(der)
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}
+
+// check finds what cannot be put into a certificate.
+func (r *CertificateRequest) check(now time.Time) error {
+	if len(r.Subject) > MaxSubject || !utf8.ValidString(r.Subject) {
+		return &RequestError{fmt.Sprintf("subject: want at most %d bytes of UTF-8", MaxSubject)}
+	}
+	if len(r.AltNames) > MaxAltNames {
+		return &RequestError{fmt.Sprintf("alt_names: %d names, want at most %d", len(r.AltNames), MaxAltNames)}
+	}
+	for _, name := range r.AltNames {
+		if err := checkAltName(name); err != nil {
+			return err
+		}
+	}
+	const year10000 = 253402300800
+	for _, t := range []*uint64{r.NotBefore, r.NotAfter} {
+		if t != nil && *t >= year10000 {
+			return &RequestError{fmt.Sprintf("not_before or not_after is %d seconds, want a time before the year 10000", *t)}
+		}
+	}
+	if from, to := r.dates(now); !from.Before(to) {
+		return &RequestError{"not_before must be earlier than not_after"}
+	}
+	return nil
+}
+
+func checkAltName(name string) error {
+	if name == "" || len(name) > MaxAltName {
+		return &RequestError{fmt.Sprintf("alt_names: a name has %d bytes, want 1 to %d", len(name), MaxAltName)}
+	}
+	for i := range len(name) {
+		if name[i] <= ' ' || name[i] >= 0x7f {
+			return &RequestError{fmt.Sprintf("alt_names: %q: want ASCII without spaces; write an international name in its xn-- form", name)}
+		}
+	}
+	return nil
+}
+
+func (r *CertificateRequest) dates(now time.Time) (from, to time.Time) {
+	from, to = firstDay, now.Add(lifetime)
+	if r.NotBefore != nil {
+		from = time.Unix(int64(*r.NotBefore), 0)
+	}
+	if r.NotAfter != nil {
+		to = time.Unix(int64(*r.NotAfter), 0)
+	}
+	return from.UTC(), to.UTC()
+}
+
+func (r *CertificateRequest) template(now time.Time) *x509.Certificate {
+	t := &x509.Certificate{Subject: pkix.Name{CommonName: r.Subject}, KeyUsage: x509.KeyUsageDigitalSignature}
+	t.NotBefore, t.NotAfter = r.dates(now)
+	for _, name := range r.AltNames {
+		if ip := net.ParseIP(name); ip != nil {
+			t.IPAddresses = append(t.IPAddresses, ip)
+		} else {
+			t.DNSNames = append(t.DNSNames, name)
+		}
+	}
+	if r.Server {
+		t.ExtKeyUsage = append(t.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
+	}
+	if r.Client {
+		t.ExtKeyUsage = append(t.ExtKeyUsage, x509.ExtKeyUsageClientAuth)
+	}
+	return t
+}
+
+// extensions makes dstack's extensions for a key. There is a quote only where it ends
+// up in the certificate, or where what it says does.
+func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKey, attest Attest) ([]pkix.Extension, error) {
+	list := []pkix.Extension{ratls.UsageExtension(ratls.UsageApp)}
+	if !r.RATLS && !r.AppInfo {
+		return list, nil
+	}
+	ev, err := attestKey(ctx, key, attest)
+	if err != nil {
+		return nil, err
+	}
+	if r.RATLS {
+		evidence, err := ratls.Extensions(ev.Evidence, ev.spki)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, evidence...)
+	}
+	if r.AppInfo {
+		info, err := ratls.AppInfoOf(ev.Evidence, osImageHash(ev.Evidence))
+		if err != nil {
+			return nil, fmt.Errorf("application info: %w", err)
+		}
+		list = append(list, info.Extension())
+	}
+	return list, nil
+}
+
+// osImageHash is what the host claims, as everywhere in dstack.
+func osImageHash(ev *measure.Evidence) []byte {
+	var config struct {
+		Hash string `json:"os_image_hash"`
+	}
+	if json.Unmarshal([]byte(ev.VMConfig), &config) != nil {
+		return nil
+	}
+	h, err := hex.DecodeString(config.Hash)
+	if err != nil || len(h) != 32 {
+		return nil
+	}
+	return h
+}
