@@ -2,8 +2,11 @@
 // applications need no TLS code: a local socket in, a local socket out.
 //
 // [Inbound] connects peers to the local service that they were accepted for; [Outbound]
-// opens a channel for each local connection. Both end with their context, and with
-// the channel's session: when it drains, no new bytes are waited for.
+// opens a channel for each local connection. Both end with their context. A connection
+// ends with its channel, which is cut when its session is over and its drain too.
+//
+// What is cut short does not look like an end to a local TCP peer, which gets a reset:
+// whoever is between two channels' ends can cut them. Unix sockets have no such word.
 package forward
 
 import (
@@ -13,6 +16,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tdx-agent/remote/atls"
@@ -86,18 +90,29 @@ func each(ctx context.Context, l net.Listener, serve func(net.Conn)) error {
 // b; a is the caller's.
 func join(ctx context.Context, a, b net.Conn) {
 	defer b.Close()
-	defer context.AfterFunc(ctx, func() { a.Close(); b.Close() })()
+	var isWhole [2]atomic.Bool // from a to b, from b to a
+	defer context.AfterFunc(ctx, func() { end(a, isWhole[1].Load()); end(b, isWhole[0].Load()) })()
 	var group sync.WaitGroup
-	for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
+	for i, way := range [][2]net.Conn{{a, b}, {b, a}} {
 		group.Go(func() {
 			from, to := way[0], way[1]
-			if _, err := io.Copy(to, from); err != nil || !closeWrite(to) {
-				from.Close()
-				to.Close()
+			_, err := io.Copy(to, from)
+			isWhole[i].Store(err == nil)
+			if err != nil || !closeWrite(to) {
+				end(to, err == nil)
+				end(from, isWhole[1-i].Load())
 			}
 		})
 	}
 	group.Wait()
+}
+
+// end closes a connection, with a reset if it can and not all was sent that was to be.
+func end(c net.Conn, isWhole bool) {
+	if tcp, ok := c.(*net.TCPConn); ok && !isWhole {
+		tcp.SetLinger(0)
+	}
+	c.Close()
 }
 
 // closeWrite ends one direction, where the connection has two.

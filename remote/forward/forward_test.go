@@ -1,0 +1,89 @@
+package forward_test
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"testing"
+	"time"
+
+	"tdx-agent/remote/forward"
+)
+
+// local is a client of an Outbound whose channels are what dial opens.
+func local(t *testing.T, dial func(context.Context) (net.Conn, error)) *net.TCPConn {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- forward.Outbound(ctx, l, slog.New(slog.DiscardHandler), dial) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	return c.(*net.TCPConn)
+}
+
+// TestHalfClose lets a client end what it sends and still get its answer.
+func TestHalfClose(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		b, _ := io.ReadAll(c)
+		c.Write(append([]byte("got "), b...))
+	}()
+	c := local(t, func(context.Context) (net.Conn, error) { return net.Dial("tcp", l.Addr().String()) })
+	io.WriteString(c, "all")
+	c.CloseWrite()
+	if b, err := io.ReadAll(c); err != nil || string(b) != "got all" {
+		t.Errorf("got %q, %v", b, err)
+	}
+}
+
+// cutOff is a channel that somebody on the network cuts, as the TLS connection below
+// reports it.
+type cutOff struct{ net.Conn }
+
+func (c cutOff) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// TestCutOff does not turn half an answer into a whole one.
+func TestCutOff(t *testing.T) {
+	c := local(t, func(context.Context) (net.Conn, error) {
+		theirs, ours := net.Pipe()
+		go func() {
+			io.WriteString(theirs, "half")
+			time.Sleep(50 * time.Millisecond)
+			theirs.Close()
+		}()
+		return cutOff{ours}, nil
+	})
+	if b, err := io.ReadAll(c); err == nil {
+		t.Errorf("got %q and its end, want an error", b)
+	}
+}
