@@ -96,6 +96,9 @@ keys: it asks the running agent for evidence, over channel.sock.`,
 				if _, ok := targets[name]; !ok {
 					return exitf(exitUsage, "--allow-unattested-clients %s: there is no such --service", name)
 				}
+				if !cfg.Verifier.Policy().AllowsUnattested(name) {
+					return exitf(exitConfig, "--allow-unattested-clients %s: no entry of the policy has that service and allow_unattested_clients = true", name)
+				}
 				log.Warn("clients of this service prove nothing", "service", name)
 			}
 			inner, err := listenAddress(cmd.Context(), listen)
@@ -121,7 +124,7 @@ keys: it asks the running agent for evidence, over channel.sock.`,
 	f.add(cmd)
 	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:8443", "address to listen on, or unix:PATH")
 	cmd.Flags().StringArrayVar(&services, "service", nil, "NAME=ADDRESS: a service that peers may ask for, and where it listens (HOST:PORT or unix:PATH)")
-	cmd.Flags().StringArrayVar(&unattested, "allow-unattested-clients", nil, "name of a service that takes clients which prove nothing")
+	cmd.Flags().StringArrayVar(&unattested, "allow-unattested-clients", nil, "name of a service that takes clients which prove nothing; the policy must allow it too")
 	return cmd
 }
 

@@ -55,6 +55,12 @@ func (p *Policy) Has(name string) bool {
 	return slices.ContainsFunc(p.Entries, func(e Entry) bool { return e.Name == name })
 }
 
+// AllowsUnattested reports whether an entry says that clients of this service may prove
+// nothing.
+func (p *Policy) AllowsUnattested(service string) bool {
+	return slices.ContainsFunc(p.Entries, func(e Entry) bool { return e.AllowUnattestedClients && slices.Contains(e.Service, service) })
+}
+
 // Simulated names the entries that trust another root than Intel's.
 func (p *Policy) Simulated() (names []string) {
 	for i := range p.Entries {
