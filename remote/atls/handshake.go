@@ -38,6 +38,8 @@ type handshake struct {
 	ref     string
 	peer    *Peer
 	policy  *remote.Policy // of the start
+
+	hasQuoted bool // our evidence is a quote
 }
 
 // begin makes the TLS connection.
@@ -128,7 +130,11 @@ func (h *handshake) read(kind byte, limit int, message any) (frame []byte, err e
 			return nil, err
 		}
 		if !r.OK || kind != frameResult {
-			return nil, &Error{Step: h.step, Code: knownCode(r.Code), Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), 60_000)) * time.Millisecond}
+			code := knownCode(r.Code)
+			if code == CodeReattest && h.hasQuoted {
+				code = CodeBadFrame // it has the quote that it asks for, and gets no other
+			}
+			return nil, &Error{Step: h.step, Code: code, Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), 60_000)) * time.Millisecond}
 		}
 	}
 	return frame, decode(frame, message)
@@ -154,6 +160,7 @@ func (h *handshake) write(kind byte, message any, limit int) (frame []byte, err 
 // attest makes our statement and returns its frame.
 func (h *handshake) attest(ctx context.Context, mode, serverEvidence string, limit int) (frame []byte, err error) {
 	err = within(ctx, limitAttest, func(ctx context.Context) error {
+		h.hasQuoted = mode != modeKey
 		st, err := h.cfg.Attester.Attest(ctx, h.of(h.role), mode == modeKey)
 		if err != nil {
 			return err

@@ -75,11 +75,13 @@ func TestRetryAfter(t *testing.T) {
 }
 
 // TestBackOffIsNotThePeers has peers that would have a quote for every dial: one that
-// is busy for no time at all, and one that is silent until the caller's time is over.
+// is busy for no time at all, one that is silent until the caller's time is over, and
+// one that wants the quote once more, which it has got.
 func TestBackOffIsNotThePeers(t *testing.T) {
 	for name, answer := range map[string]func(net.Conn){
 		"busy":   func(c net.Conn) { c.Write(makeFrame(4, `{"ok":false,"code":"busy","ref":"","ttl_s":0}`)) },
 		"silent": func(net.Conn) {},
+		"again":  func(c net.Conn) { c.Write(makeFrame(4, `{"ok":false,"code":"reattest","ref":"","ttl_s":0}`)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPair(t, "")
@@ -147,10 +149,10 @@ func TestPolicyReplacedMeanwhile(t *testing.T) {
 	if err := <-result; err == nil {
 		t.Error("a channel by the policy of before")
 	}
+	p.listener.Close() // waits for the handshake's end
 	if n := len(p.listener.Peers()); n != 0 {
 		t.Errorf("%d peers", n)
 	}
-	p.listener.Close()
 	if f := p.failures.List(); len(f) != 1 || f[0].Code != atls.CodePolicyDenied || f[0].Step != atls.StepVerify {
 		t.Errorf("the server has kept %+v", f)
 	}
