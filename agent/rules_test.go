@@ -31,6 +31,8 @@ var bans = []struct {
 	{from: module + "/measure", to: module + "/measure/image", except: module + "/measure/image", reason: "Reference Values are the Verifier's side"},
 	{from: module + "/measure", to: module + "/measure/acpi", except: module + "/measure/image", reason: "only image builds ACPI tables"},
 	{from: module + "/measure", to: "net/http", deep: true, reason: "what a TD is can be known without a network"},
+	{from: module + "/remote/ratls", to: module + "/remote", reason: "certificates are read and written without a judgement"},
+	{from: "", to: "github.com/decred", except: module + "/agent/keys", reason: "keys of applications live in one package"},
 	{from: "", to: "github.com/spf13/cobra", except: module + "/agent", reason: "the command line is the program's"},
 	{from: "", to: "github.com/coreos/go-systemd", except: module + "/agent", reason: "the service is the program's"},
 	{from: "", to: "github.com/prometheus", except: module + "/agent", reason: "metrics are the program's"},
