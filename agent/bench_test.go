@@ -18,7 +18,7 @@ import (
 )
 
 // benchDaemon is an agent on a simulated TD, in this process.
-func benchDaemon(b *testing.B) *daemon {
+func benchDaemon(b testing.TB) *daemon {
 	b.Helper()
 	base, err := os.MkdirTemp("", "tdx")
 	if err != nil {

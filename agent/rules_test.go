@@ -37,6 +37,7 @@ var bans = []struct {
 	{from: module + "/remote/collateral", to: module + "/measure", reason: "collateral is about platforms, not about TDs"},
 	{from: module + "/remote/dcap", to: module + "/remote/atls", reason: "imports run one way: atls, remote, dcap"},
 	{from: module + "/remote/atls", to: module + "/remote/dcap", reason: "a channel asks the Verifier, never the quote engine"},
+	{from: "", to: "github.com/decred", except: module + "/agent/keys", reason: "keys of applications live in one package"},
 	{from: "", to: "github.com/spf13/cobra", except: module + "/agent", reason: "the command line is the program's"},
 	{from: "", to: "github.com/coreos/go-systemd", except: module + "/agent", reason: "the service is the program's"},
 	{from: "", to: "github.com/prometheus", except: module + "/agent", reason: "metrics are the program's"},

@@ -3,6 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"net"
@@ -17,6 +20,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"tdx-agent/measure/tsm"
+	"tdx-agent/remote/ratls"
 )
 
 func TestMain(m *testing.M) {
@@ -52,7 +56,8 @@ func TestScripts(t *testing.T) {
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
-		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt, "flip": scriptFlip, "substitute": scriptSubstitute, "waitfor": scriptWaitFor, "post-file": scriptPostFile, "replace-value": scriptReplaceValue},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt, "flip": scriptFlip, "substitute": scriptSubstitute, "waitfor": scriptWaitFor, "post-file": scriptPostFile, "replace-value": scriptReplaceValue,
+			"appkeys": scriptAppKeys, "appcert": scriptAppCert},
 	})
 }
 
@@ -178,4 +183,48 @@ func scriptReplaceValue(ts *testscript.TestScript, _ bool, args []string) {
 		*digit = '0'
 	}
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), b, 0o600))
+}
+
+// scriptAppKeys writes a keys file with an authority of its own: appkeys FILE K256_KEY
+// [PROVIDER].
+func scriptAppKeys(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: appkeys FILE K256_KEY [PROVIDER]")
+	}
+	provider := "None"
+	if len(args) == 3 {
+		provider = args[2]
+	}
+	doc, err := appKeysDocument(args[1], provider)
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), doc, 0o600))
+}
+
+// scriptAppCert waits until Info shows the application's certificate, which is made
+// in the background, and reads the evidence in it: appcert SOCKET.
+func scriptAppCert(ts *testscript.TestScript, _ bool, args []string) {
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		scriptHTTP(ts, false, []string{"GET", args[0], "/Info"})
+		var info struct {
+			AppCert string `json:"app_cert"`
+		}
+		b, err := os.ReadFile(ts.MkAbs("body"))
+		ts.Check(err)
+		ts.Check(json.Unmarshal(b, &info))
+		block, rest := pem.Decode([]byte(info.AppCert))
+		if block == nil {
+			if time.Now().After(deadline) {
+				ts.Fatalf("app_cert is %q", info.AppCert)
+			}
+			continue
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		ts.Check(err)
+		_, err = ratls.Parse(cert)
+		ts.Check(err)
+		if cert.Subject.CommonName != "demo-cert" || !bytes.HasPrefix(rest, []byte("\n-----BEGIN CERTIFICATE")) {
+			ts.Fatalf("subject is %s, then comes %.40q", cert.Subject, rest)
+		}
+		return
+	}
 }

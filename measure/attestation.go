@@ -141,7 +141,7 @@ func (a *Attestation) Marshal() ([]byte, error) {
 		if slices.ContainsFunc(a.Events, v2) || slices.ContainsFunc(a.RuntimeEvents, v2) {
 			return nil, fmt.Errorf("attestation version 0 cannot carry version 2 events")
 		}
-		return a.appendV0(nil), nil
+		return a.appendV0(make([]byte, 0, a.sizeV0())), nil
 	case AttestationV1:
 		return a.marshalV1()
 	}

@@ -33,6 +33,19 @@ func (a *Attestation) appendV0(b []byte) []byte {
 	return appendScaleBytes(b, []byte(a.VMConfig))
 }
 
+// sizeV0 bounds the size of what appendV0 writes.
+func (a *Attestation) sizeV0() int {
+	const lengths = 4 // bytes of the longest compact integer
+	n := 2 + 4*lengths + len(a.Quote) + len(a.ReportData) + len(a.VMConfig)
+	for i := range a.Events {
+		n += 8 + 3*lengths + len(Digest{}) + len(a.Events[i].Name) + len(a.Events[i].Payload)
+	}
+	for i := range a.RuntimeEvents {
+		n += 2*lengths + len(a.RuntimeEvents[i].Name) + len(a.RuntimeEvents[i].Payload)
+	}
+	return n
+}
+
 func appendScaleBytes(b, v []byte) []byte { return append(appendCompact(b, len(v)), v...) }
 
 // appendCompact writes a SCALE compact integer below 2^30, which bounds everything

@@ -112,10 +112,6 @@ func attestKey(ctx context.Context, key *ecdsa.PublicKey, attest Attest) (*attes
 	return &attested{Evidence: ev, spki: spki}, nil
 }
 
-func certificatePEM(der []byte) string {
-	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
-}
-
 // parseAuthority returns the authority of a key and its certificate, both PEM. The
 // certificate must be one that may sign others, and that key's.
 func parseAuthority(keyPEM, certPEM []byte) (*authority, error) {

@@ -8,7 +8,6 @@ import (
 	"crypto/x509/pkix"
 	"encoding/hex"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
@@ -123,20 +122,13 @@ func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, a
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
-	keyPEM, err := marshalKey(key)
+	pkcs8, err := secret.pkcs8(&key.PublicKey)
 	if err != nil {
 		return nil, err
 	}
+	defer clear(pkcs8)
+	keyPEM := appendPEM("PRIVATE KEY", pkcs8)
 	return &TLSKey{key: &box[[]byte]{&keyPEM}, Chain: []string{certificatePEM(der), parentPEM}}, nil
-}
-
-func marshalKey(key *ecdsa.PrivateKey) ([]byte, error) {
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(der)
-	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
 }
 
 // check finds what cannot be put into a certificate.

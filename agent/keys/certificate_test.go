@@ -64,8 +64,20 @@ func certificates(t testing.TB, k *keys.TLSKey) []*x509.Certificate {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if block, rest := pem.Decode(k.KeyPEM()); block.Type != "PRIVATE KEY" || len(rest) > 0 {
+	block, rest := pem.Decode(k.KeyPEM())
+	if block.Type != "PRIVATE KEY" || len(rest) > 0 {
 		t.Errorf("key is a %s block with %d bytes after it", block.Type, len(rest))
+	}
+	if der, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey); err != nil || !bytes.Equal(der, block.Bytes) {
+		t.Errorf("key is %x, crypto/x509 writes %x (%v)", block.Bytes, der, err)
+	}
+	for i, text := range k.Chain {
+		if want := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: pair.Certificate[i]})); text != want {
+			t.Errorf("certificate %d is written\n%s\nencoding/pem writes\n%s", i, text, want)
+		}
+	}
+	if want := string(pem.EncodeToMemory(block)); string(k.KeyPEM()) != want {
+		t.Error("the key's PEM is not what encoding/pem writes")
 	}
 	var chain []*x509.Certificate
 	for _, der := range pair.Certificate {

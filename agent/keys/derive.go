@@ -5,7 +5,6 @@ import (
 	"crypto/elliptic"
 	"crypto/hkdf"
 	"crypto/sha256"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"strings"
@@ -57,7 +56,7 @@ func DHSecret(root []byte, contexts ...string) (*Secret, error) {
 	if err != nil {
 		return nil, err
 	}
-	der, err := x509.MarshalPKCS8PrivateKey(key)
+	der, err := s.pkcs8(&key.PublicKey)
 	if err != nil {
 		return nil, err
 	}
