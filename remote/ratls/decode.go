@@ -34,7 +34,7 @@ type Attested struct {
 
 // Parse returns the attestation in a certificate: from extension .8 if there is one,
 // else from .1 and .2. It refuses a quote that is not bound to the certificate's key,
-// more than 256 KiB or 512 events, a compressed log of more than 16 KiB, duplicate
+// more than 256 KiB, more than 512 events of RTMR3 or of the boot, a compressed log of more than 16 KiB, duplicate
 // extensions and trailing bytes. Without any attestation the error is
 // [ErrNoAttestation].
 func Parse(cert *x509.Certificate) (*Attested, error) {
@@ -78,11 +78,11 @@ func parseAttestation(blob []byte) (*Attested, error) {
 	if err != nil {
 		return nil, err
 	}
-	if n := max(len(v.Events), len(v.RuntimeEvents)); n > maxEvents {
-		return nil, fmt.Errorf("attestation has %d events, want at most %d", n, maxEvents)
-	}
 	events, err := oneLog(v)
 	if err != nil {
+		return nil, err
+	}
+	if err := checkCount(events); err != nil {
 		return nil, err
 	}
 	return &Attested{
@@ -121,8 +121,8 @@ func parseLegacy(quote, log []byte) (*Attested, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(events) > maxEvents {
-		return nil, fmt.Errorf("event log has %d events, want at most %d", len(events), maxEvents)
+	if err := checkCount(events); err != nil {
+		return nil, err
 	}
 	return &Attested{Evidence: &measure.Evidence{Quote: quote, Events: events}, Legacy: true}, nil
 }

@@ -15,8 +15,8 @@ import (
 // The attestation keeps of the boot log what dstack keeps, the three events that
 // measure ACPI tables; the log in .2 is whole, with the payloads of boot events
 // blank. Every digest is filled in both. It is an error if the quote's report data is
-// not [ReportData] of spki, or if a list has more than 512 events or an extension
-// more than 256 KiB.
+// not [ReportData] of spki, or if there are more than 512 events of RTMR3 or of
+// the boot, or an extension has more than 256 KiB.
 func Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extension, error) {
 	rd := ReportData(spki)
 	quote, err := measure.ParseQuote(ev.Quote)
@@ -26,8 +26,8 @@ func Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extension, error) {
 	if quote.Body.ReportData != rd {
 		return nil, fmt.Errorf("RA-TLS: the quote is not of this key: report data is %s, want %s", quote.Body.ReportData, rd)
 	}
-	if len(ev.Events) > maxEvents {
-		return nil, fmt.Errorf("RA-TLS: %d events, want at most %d", len(ev.Events), maxEvents)
+	if err := checkCount(ev.Events); err != nil {
+		return nil, fmt.Errorf("RA-TLS: %w", err)
 	}
 	attestation := measure.NewAttestation(&measure.Evidence{Quote: ev.Quote, Events: strip(ev.Events), VMConfig: ev.VMConfig}, rd)
 	blob, err := attestation.Marshal()

@@ -35,9 +35,9 @@ const (
 const (
 	maxAttestation = 256 << 10 // bytes; also of a quote and of a plain log
 	maxUnpackedLog = 16 << 10  // bytes of a log that came compressed
-	maxEvents      = 512
-	maxUsage       = 64   // bytes
-	maxAppInfo     = 4096 // bytes
+	maxEvents      = 512       // of RTMR3, and again as many of the boot
+	maxUsage       = 64        // bytes
+	maxAppInfo     = 4096      // bytes
 	appIDSize      = 20
 )
 
@@ -48,6 +48,21 @@ func ReportData(spki []byte) measure.ReportData {
 	h.Write([]byte("ratls-cert:"))
 	h.Write(spki)
 	return measure.ReportData(h.Sum(nil))
+}
+
+// checkCount holds a log to the bounds of an agent's own: what a boot measures does not
+// take from what runs after it.
+func checkCount(events []measure.Event) error {
+	var runtime int
+	for i := range events {
+		if events[i].IMR == measure.RTMR3 {
+			runtime++
+		}
+	}
+	if boot := len(events) - runtime; max(runtime, boot) > maxEvents {
+		return fmt.Errorf("the log has %d events of RTMR3 and %d of the boot, want at most %d of each", runtime, boot, maxEvents)
+	}
+	return nil
 }
 
 // UsageExtension returns the extension that says what a certificate is for.

@@ -54,11 +54,11 @@ func issue(t testing.TB, key *ecdsa.PrivateKey, extensions ...pkix.Extension) *x
 // log that has the three events of the ACPI tables in it.
 func evidence(t testing.TB, rd measure.ReportData, version int) *measure.Evidence {
 	t.Helper()
-	events := []measure.Event{{IMR: 0, Type: 0x80000001, Digest: measure.Digest{1}, Payload: []byte("firmware")}}
+	events := []measure.Event{{IMR: 0, Type: 0x80000001, Digest: digest(0xd1), Payload: []byte("firmware")}}
 	for i := range byte(3) {
-		events = append(events, measure.Event{IMR: 0, Type: 10, Digest: measure.Digest{2, i}, Payload: []byte("ACPI DATA")})
+		events = append(events, measure.Event{IMR: 0, Type: 10, Digest: digest(0xe0 + i), Payload: []byte("ACPI DATA")})
 	}
-	events = append(events, measure.Event{IMR: 2, Type: 13, Digest: measure.Digest{3}, Payload: []byte("kernel")})
+	events = append(events, measure.Event{IMR: 2, Type: 13, Digest: digest(0xd3), Payload: []byte("kernel")})
 	for name, payload := range map[string][]byte{"app-id": bytes.Repeat([]byte{7}, 20), "system-ready": nil} {
 		e, err := measure.NewRuntimeEvent(name, payload, version)
 		if err != nil {
@@ -82,6 +82,8 @@ func evidence(t testing.TB, rd measure.ReportData, version int) *measure.Evidenc
 	binary.LittleEndian.PutUint32(q[632:], uint32(len(q)-636))
 	return &measure.Evidence{Quote: q, Events: events, VMConfig: `{"cpu_count":2}`}
 }
+
+func digest(c byte) measure.Digest { return measure.Digest(bytes.Repeat([]byte{c}, 48)) }
 
 func extensions(t testing.TB, spki []byte, version int) []pkix.Extension {
 	t.Helper()
@@ -131,6 +133,12 @@ func TestRoundTrip(t *testing.T) {
 			t.Errorf("version %d: %+v", version, a)
 		}
 		sent := evidence(t, a.ReportData, version)
+		for _, e := range sent.Events {
+			// A reader would compute the digests of runtime events where they are blank.
+			if inside := bytes.Contains(list[len(list)-1].Value, e.Digest[:]); inside != (e.IMR == 3 || e.IsACPIMarker()) {
+				t.Errorf("version %d: the digest of %+v is in the attestation: %v", version, e, inside)
+			}
+		}
 		var kept []measure.Event
 		for _, e := range sent.Events {
 			if e.IMR == 3 || e.MeasuresACPI() {
@@ -213,7 +221,7 @@ func TestRefusals(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	manyLog, err := measure.FormatEventLog(many.Events[:513], true)
+	manyLog, err := measure.FormatEventLog(many.Events, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -244,8 +252,8 @@ func TestRefusals(t *testing.T) {
 		"empty blob":               {[]pkix.Extension{ext(ratls.OIDAttestation, "")}, "attestation is empty"},
 		"other version":            {[]pkix.Extension{ext(ratls.OIDAttestation, "\x01")}, "attestation starts with"},
 		"other platform":           {[]pkix.Extension{ext(ratls.OIDAttestation, "\x00\x02")}, "platform \"nitro\""},
-		"too many events":          {[]pkix.Extension{ext(ratls.OIDAttestation, string(manyBlob))}, "want at most 512"},
-		"too many events, legacy":  {[]pkix.Extension{quote, ext(ratls.OIDEventLog, string(manyLog))}, "want at most 512"},
+		"too many events":          {[]pkix.Extension{ext(ratls.OIDAttestation, string(manyBlob))}, "515 events of RTMR3 and 5 of the boot, want at most 512"},
+		"too many events, legacy":  {[]pkix.Extension{quote, ext(ratls.OIDEventLog, string(manyLog))}, "515 events of RTMR3 and 5 of the boot, want at most 512"},
 		"too large":                {[]pkix.Extension{ext(ratls.OIDAttestation, strings.Repeat("\x00", 256<<10+1))}, "want at most"},
 		"too large, legacy quote":  {[]pkix.Extension{ext(ratls.OIDQuote, strings.Repeat("\x00", 256<<10+1)), log}, "want at most"},
 		"too large, legacy log":    {[]pkix.Extension{quote, ext(ratls.OIDEventLog, strings.Repeat(" ", 256<<10+1))}, "want at most"},
@@ -312,7 +320,7 @@ func TestExtensionsRefuse(t *testing.T) {
 	}{
 		"other key": {func(*measure.Evidence) {}, other, "the quote is not of this key"},
 		"no quote":  {func(e *measure.Evidence) { e.Quote = nil }, spki, "not a TDX quote"},
-		"events":    {func(e *measure.Evidence) { e.Events = make([]measure.Event, 513) }, spki, "want at most 512"},
+		"events":    {func(e *measure.Evidence) { e.Events = make([]measure.Event, 513) }, spki, "513 of the boot"},
 		"size":      {func(e *measure.Evidence) { e.VMConfig = strings.Repeat(" ", 256<<10) }, spki, "want at most 262144"},
 		"config":    {func(e *measure.Evidence) { e.VMConfig = "\xff" }, spki, "UTF-8"},
 	} {
