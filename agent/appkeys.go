@@ -69,9 +69,12 @@ func (k *appKeys) drop() {
 	}
 }
 
-// appKeys returns the application's keys, if RTMR3 speaks of their provider.
-func (d *daemon) appKeys(ctx context.Context) (*keys.App, error) {
-	return d.keys.load(ctx, func(p measure.KeyProvider) error {
+// appKeys returns the application's keys.
+func (d *daemon) appKeys(ctx context.Context) (*keys.App, error) { return d.measuredKeys(ctx, d.keys) }
+
+// measuredKeys loads keys, if RTMR3 speaks of their provider.
+func (d *daemon) measuredKeys(ctx context.Context, k *appKeys) (*keys.App, error) {
+	return k.load(ctx, func(p measure.KeyProvider) error {
 		s, err := d.ledger.Snapshot(ctx)
 		if err := d.report(err); err != nil {
 			return err

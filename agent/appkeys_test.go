@@ -66,16 +66,15 @@ func TestKeysAreTheMeasuredProviders(t *testing.T) {
 	doc, err := appKeysDocument(strings.Repeat("01", 32), "Tpm")
 	check(t, err)
 	check(t, os.WriteFile(path, doc, 0o400))
-	d.keys = &appKeys{provider: keys.File{Path: path}}
-	_, err = d.appKeys(t.Context())
+	_, err = d.measuredKeys(t.Context(), &appKeys{provider: keys.File{Path: path}})
 	if err == nil || !strings.Contains(err.Error(), `are of provider {"name":"tpm","id":""}, but this boot has measured {"name":"none","id":""}`) || exitCode(err) != exitConfig {
 		t.Errorf("error is %v", err)
 	}
-	d.keys = &appKeys{provider: &failingKeys{left: 1, then: keys.Ephemeral{Path: d.dir.appSeed()}}}
-	if _, err := d.appKeys(t.Context()); err == nil || !strings.Contains(err.Error(), "not now") {
+	later := &appKeys{provider: &failingKeys{left: 1, then: keys.Ephemeral{Path: d.dir.appSeed()}}}
+	if _, err := d.measuredKeys(t.Context(), later); err == nil || !strings.Contains(err.Error(), "not now") {
 		t.Errorf("error is %v", err)
 	}
-	if _, err := d.appKeys(t.Context()); err != nil {
+	if _, err := d.measuredKeys(t.Context(), later); err != nil {
 		t.Errorf("a provider that has failed once is not asked again: %v", err)
 	}
 }

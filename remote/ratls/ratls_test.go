@@ -135,7 +135,7 @@ func TestRoundTrip(t *testing.T) {
 		sent := evidence(t, a.ReportData, version)
 		for _, e := range sent.Events {
 			// A reader would compute the digests of runtime events where they are blank.
-			if inside := bytes.Contains(list[len(list)-1].Value, e.Digest[:]); inside != (e.IMR == 3 || e.IsACPIMarker()) {
+			if inside := bytes.Contains(list[len(list)-1].Value, e.Digest[:]); inside != (e.IMR == 3 || e.MeasuresACPI()) {
 				t.Errorf("version %d: the digest of %+v is in the attestation: %v", version, e, inside)
 			}
 		}
