@@ -219,7 +219,7 @@ func (m *candidate) judge(s *sheet, e *Entry, c *Claims) {
 	s.image = m.image
 	for i, name := range bootNames {
 		list, got := m.values[i], bootRegister(c.Quote, i)
-		e.optional(s, Boot, name, "image."+m.image.Name+": "+name, len(list) > 0, func() bool { return slices.Contains(list, got) }, func() (string, string, string) {
+		e.optional(s, Boot, name, name, len(list) > 0, func() bool { return slices.Contains(list, got) }, func() (string, string, string) {
 			return got.String(), fmt.Sprintf("%s of image %q", digests(list), m.image.Name), hints[i]
 		})
 	}
@@ -347,11 +347,28 @@ func judgeFreshness(s *sheet, c *Claims, x *Expect) {
 // optional is a check that is only made where the policy asks for it.
 func (e *Entry) optional(s *sheet, q Question, name, key string, isAsked bool, holds func() bool, detail func() (got, want, hint string)) {
 	if !isAsked {
-		s.skip(q, name, "not in the policy ("+key+")")
+		hint, ok := notAsked[key]
+		if !ok {
+			hint = hintNotAsked(key)
+		}
+		s.skip(q, name, hint)
 		return
 	}
 	s.check(q, name, holds(), detail)
 }
+
+func hintNotAsked(key string) string { return "not in the policy (" + key + ")" }
+
+// notAsked has the hints ready, since most of a policy's keys are not set.
+var notAsked = func() map[string]string {
+	hints := map[string]string{}
+	for _, key := range []string{"min_tcb_date", "min_tcb_eval_number", "max_collateral_age", "fmspc", "min_tee_tcb_svn, min_qe_svn, min_pce_svn", "require_sept_ve_disable",
+		"td_attributes", "xfam", "mr_seam", "mrtd", "rtmr0", "rtmr1", "rtmr2", "os_image_hash", "require_events", "app_id", "compose_hash", "instance_id", "key_provider",
+		"rtmr3", "device_id", "ppid", "require_measured_agent_key", "service"} {
+		hints[key] = hintNotAsked(key)
+	}
+	return hints
+}()
 
 func (e *Entry) pinned(s *sheet, q Question, name string, list []measure.Digest, got measure.Digest, hint string) {
 	e.optional(s, q, name, name, len(list) > 0, func() bool { return slices.Contains(list, got) }, func() (string, string, string) {
