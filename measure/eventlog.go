@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"unicode/utf16"
 	"unicode/utf8"
@@ -40,7 +41,9 @@ func FormatEventLog(events []Event, strip bool) ([]byte, error) {
 		if i > 0 {
 			b = append(b, ',')
 		}
-		b = fmt.Appendf(b, `{"imr":%d,"event_type":%d,"digest":"`, e.IMR, e.Type)
+		b = strconv.AppendInt(append(b, `{"imr":`...), int64(e.IMR), 10)
+		b = strconv.AppendUint(append(b, `,"event_type":`...), uint64(e.Type), 10)
+		b = append(b, `,"digest":"`...)
 		b = hex.AppendEncode(b, e.Digest[:])
 		b = append(b, `","event":"`...)
 		b = appendASCII(b, e.Name)
