@@ -41,10 +41,8 @@ func FormatEventLog(events []Event, strip bool) ([]byte, error) {
 		if i > 0 {
 			b = append(b, ',')
 		}
-		b = append(b, `{"imr":`...)
-		b = strconv.AppendInt(b, int64(e.IMR), 10)
-		b = append(b, `,"event_type":`...)
-		b = strconv.AppendUint(b, uint64(e.Type), 10)
+		b = strconv.AppendInt(append(b, `{"imr":`...), int64(e.IMR), 10)
+		b = strconv.AppendUint(append(b, `,"event_type":`...), uint64(e.Type), 10)
 		b = append(b, `,"digest":"`...)
 		b = hex.AppendEncode(b, e.Digest[:])
 		b = append(b, `","event":"`...)

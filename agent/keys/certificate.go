@@ -36,6 +36,7 @@ type CertificateRequest struct {
 	// NotBefore and NotAfter are seconds since 1970; nil is 1975 and ten years from
 	// now.
 	NotBefore, NotAfter *uint64
+	Now                 time.Time // the moment of issue; zero is the clock's
 }
 
 // TLSKey is a P-256 key with its certificate.
@@ -54,7 +55,7 @@ func (k *TLSKey) Zero() { clear(*k.key.v) }
 
 // IssueRandom makes a new key and its certificate.
 func (a *App) IssueRandom(ctx context.Context, r CertificateRequest, attest Attest) (*TLSKey, error) {
-	if err := r.check(time.Now()); err != nil {
+	if err := r.check(); err != nil {
 		return nil, err
 	}
 	seed := make([]byte, 32)
@@ -70,7 +71,7 @@ func (a *App) IssueRandom(ctx context.Context, r CertificateRequest, attest Atte
 // IssueDerived makes the certificate of the key of a path, which is the same every
 // time and not the one that [App.Derive] returns.
 func (a *App) IssueDerived(ctx context.Context, path string, r CertificateRequest, attest Attest) (*TLSKey, error) {
-	if err := r.check(time.Now()); err != nil {
+	if err := r.check(); err != nil {
 		return nil, err
 	}
 	key, err := a.deriveSecret(path)
@@ -105,8 +106,7 @@ func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, a
 	case ca == nil:
 		return nil, errNoAuthority
 	}
-	now := time.Now()
-	parent, parentPEM, err := ca.certificate(ctx, now, attest)
+	parent, parentPEM, err := ca.certificate(ctx, r.now(), attest)
 	if err != nil {
 		return nil, err
 	}
@@ -114,7 +114,7 @@ func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, a
 	if err != nil {
 		return nil, err
 	}
-	template := r.template(now)
+	template := r.template()
 	if template.ExtraExtensions, err = r.extensions(ctx, &key.PublicKey, attest); err != nil {
 		return nil, err
 	}
@@ -132,7 +132,7 @@ func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, a
 }
 
 // check finds what cannot be put into a certificate.
-func (r *CertificateRequest) check(now time.Time) error {
+func (r *CertificateRequest) check() error {
 	if len(r.Subject) > MaxSubject || !utf8.ValidString(r.Subject) {
 		return &RequestError{fmt.Sprintf("subject: want at most %d bytes of UTF-8", MaxSubject)}
 	}
@@ -150,7 +150,7 @@ func (r *CertificateRequest) check(now time.Time) error {
 			return &RequestError{fmt.Sprintf("not_before or not_after is %d seconds, want a time before the year 10000", *t)}
 		}
 	}
-	if from, to := r.dates(now); !from.Before(to) {
+	if from, to := r.dates(); !from.Before(to) {
 		return &RequestError{"not_before must be earlier than not_after"}
 	}
 	return nil
@@ -168,8 +168,15 @@ func checkAltName(name string) error {
 	return nil
 }
 
-func (r *CertificateRequest) dates(now time.Time) (from, to time.Time) {
-	from, to = firstDay, now.Add(lifetime)
+func (r *CertificateRequest) now() time.Time {
+	if r.Now.IsZero() {
+		return time.Now()
+	}
+	return r.Now
+}
+
+func (r *CertificateRequest) dates() (from, to time.Time) {
+	from, to = firstDay, r.now().Add(lifetime)
 	if r.NotBefore != nil {
 		from = time.Unix(int64(*r.NotBefore), 0)
 	}
@@ -179,9 +186,9 @@ func (r *CertificateRequest) dates(now time.Time) (from, to time.Time) {
 	return from.UTC(), to.UTC()
 }
 
-func (r *CertificateRequest) template(now time.Time) *x509.Certificate {
+func (r *CertificateRequest) template() *x509.Certificate {
 	t := &x509.Certificate{Subject: pkix.Name{CommonName: r.Subject}, KeyUsage: x509.KeyUsageDigitalSignature}
-	t.NotBefore, t.NotAfter = r.dates(now)
+	t.NotBefore, t.NotAfter = r.dates()
 	for _, name := range r.AltNames {
 		if ip := net.ParseIP(name); ip != nil {
 			t.IPAddresses = append(t.IPAddresses, ip)

@@ -95,8 +95,8 @@ func seconds(n uint64) *uint64 { return &n }
 func TestCertificate(t *testing.T) {
 	app := vectorApp(t)
 	evidence, asked := attest(t)
-	now := time.Now()
-	k, err := app.IssueRandom(t.Context(), keys.CertificateRequest{Subject: "Zählwerk", AltNames: []string{"a.example", "*.b.example", "10.0.0.1", "::1"}, Server: true}, evidence)
+	now := time.Date(2030, 2, 3, 4, 5, 6, 0, time.UTC)
+	k, err := app.IssueRandom(t.Context(), keys.CertificateRequest{Now: now, Subject: "Zählwerk", AltNames: []string{"a.example", "*.b.example", "10.0.0.1", "::1"}, Server: true}, evidence)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,7 +109,7 @@ func TestCertificate(t *testing.T) {
 	if leaf.KeyUsage != x509.KeyUsageDigitalSignature || len(leaf.ExtKeyUsage) != 1 || leaf.ExtKeyUsage[0] != x509.ExtKeyUsageServerAuth || leaf.IsCA {
 		t.Errorf("usages %v, %v, authority %v", leaf.KeyUsage, leaf.ExtKeyUsage, leaf.IsCA)
 	}
-	if !leaf.NotBefore.Equal(time.Date(1975, 1, 1, 0, 0, 0, 0, time.UTC)) || leaf.NotAfter.Sub(now.Add(3650*24*time.Hour)).Abs() > time.Minute {
+	if !leaf.NotBefore.Equal(time.Date(1975, 1, 1, 0, 0, 0, 0, time.UTC)) || !leaf.NotAfter.Equal(time.Date(2040, 2, 1, 4, 5, 6, 0, time.UTC)) {
 		t.Errorf("from %v to %v", leaf.NotBefore, leaf.NotAfter)
 	}
 	claims, err := ratls.ParseIssuerClaims(leaf)
@@ -121,7 +121,7 @@ func TestCertificate(t *testing.T) {
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(chain[1])
-	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: "x.b.example"}); err != nil {
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: "x.b.example", CurrentTime: now}); err != nil {
 		t.Error(err)
 	}
 	again, err := app.IssueRandom(t.Context(), keys.CertificateRequest{}, evidence)
