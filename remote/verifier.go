@@ -216,7 +216,13 @@ func (a *active) verify(ctx context.Context, c *Claims, quote []byte, set *colla
 		c.Quote, c.Report, c.Source, c.CollateralErr = r.Quote, r, set.Source, nil
 		return nil
 	}
-	d, _ := asDCAP(err)
+	if ctx.Err() != nil {
+		return ctx.Err() // an appraisal that was broken off says nothing of the quote
+	}
+	d, ok := asDCAP(err)
+	if !ok {
+		return err
+	}
 	if d.Stage == "collateral" || d.Code == "tdx_module_mismatch" {
 		c.CollateralErr, c.Source = err, set.Source
 		return c.parse(quote)

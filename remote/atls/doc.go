@@ -27,8 +27,8 @@
 // negotiation does not fit: a relay, a reflection or a downgrade fails as
 // binding_mismatch.
 //
-// The client pays first: a server never makes a quote for somebody it has not
-// appraised.
+// The client pays first: a server makes no quote for somebody it has not appraised,
+// but for the clients of services that are opened to unattested ones.
 //
 // # Key mode
 //
