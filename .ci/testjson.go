@@ -6,16 +6,19 @@
 //	go test -json ./... | testjson add FILE
 //	testjson sum FILE [FAILURES]
 //
-// sum prints "N passed, N failed, N skipped", a test that ran several times counting
-// once: failed if it ever failed, skipped only if it never ran. FAILURES are failures
-// of other kinds, added to the second number. sum's status is 1 if anything failed.
+// sum names the tests that were skipped and prints "N passed, N failed, N skipped". A
+// test that ran several times counts once: failed if it ever failed, skipped only if it
+// never ran. FAILURES are failures of other kinds, added to the second number. sum's
+// status is 1 if anything failed.
 package main
 
 import (
 	"bufio"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -140,8 +143,11 @@ func sum(file string, more []string) (failed bool, err error) {
 		}
 	}
 	var n [3]int
-	for _, r := range best {
-		n[r]++
+	for _, key := range slices.Sorted(maps.Keys(best)) {
+		n[best[key]]++
+		if best[key] == rank["skip"] {
+			fmt.Printf("skipped   %s\n", strings.ReplaceAll(key, "\t", " "))
+		}
 	}
 	for _, s := range more {
 		v, err := strconv.Atoi(s)
