@@ -186,24 +186,31 @@ type Snapshot struct {
 	Unread bool
 }
 
-// Events returns the records as events, in order.
-func (s *Snapshot) Events() []Event { return recordEvents(s.Records) }
+// Events returns the records as events, in order. Their payloads are not to be
+// modified.
+func (s *Snapshot) Events() []Event {
+	return appendEvents(make([]Event, 0, len(s.Records)), s.Records)
+}
 
 // At returns the events that explain the RTMR3 value r: the longest prefix of the
 // log that replays to it. ok is false when no prefix does.
 func (s *Snapshot) At(r Digest) (events []Event, ok bool) {
+	records, ok := s.recordsAt(r)
+	return appendEvents(nil, records), ok
+}
+
+func (s *Snapshot) recordsAt(r Digest) (records []Record, ok bool) {
 	for n := len(s.Records); n > 0; n-- {
 		if s.Records[n-1].Next == r {
-			return recordEvents(s.Records[:n]), true
+			return s.Records[:n], true
 		}
 	}
 	return nil, r.IsZero()
 }
 
-func recordEvents(records []Record) []Event {
-	events := make([]Event, len(records))
+func appendEvents(events []Event, records []Record) []Event {
 	for i := range records {
-		events[i] = records[i].event()
+		events = append(events, records[i].event())
 	}
 	return events
 }
