@@ -65,7 +65,7 @@ type Ledger struct {
 	records []Record   // what the file holds up to size; the last may be an intent
 	size    int64      // bytes of the file that records came from
 	bytes   int        // JSON size of all events
-	damage  error      // the file is damaged in the middle, not merely torn at its end
+	damage  error      // the file is damaged in the middle, not merely torn at its end, or it is gone
 }
 
 // Entry is an event to be recorded.
@@ -121,6 +121,8 @@ func (e *DivergenceError) Error() string {
 		return fmt.Sprintf("%s is %s but the boot event log (CCEL) replays to %s: what was measured into it is not in the log", e.Boot, e.Register, e.Log)
 	case e.Err != nil:
 		return fmt.Sprintf("the RTMR3 log is damaged: %v (RTMR3 is %s)", e.Err, e.Register)
+	case e.Log.IsZero():
+		return fmt.Sprintf("RTMR3 is %s but its log is empty: the log was removed, or RTMR3 was extended without a record (foreign extend); a reboot is the only cure", e.Register)
 	}
 	return fmt.Sprintf("RTMR3 is %s but its log replays to %s: RTMR3 was extended without a record (foreign extend); a reboot is the only cure", e.Register, e.Log)
 }

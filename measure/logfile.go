@@ -93,7 +93,7 @@ func (s *logFile) truncate(size int64) error { return s.f.Truncate(size) }
 func (s *logFile) close() error              { return s.f.Close() }
 
 func (s *logFile) setAside() error {
-	if err := os.Rename(s.path, s.path+".old"); err != nil {
+	if err := os.Rename(s.path, s.path+".old"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	s.f.Close()
@@ -176,6 +176,10 @@ func (l *fileLock) close() {
 // if told to.
 func (l *Ledger) refresh(force bool) error {
 	size, err := l.store.size()
+	if errors.Is(err, fs.ErrNotExist) {
+		l.removed(err)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -196,6 +200,16 @@ func (l *Ledger) refresh(force bool) error {
 		return l.store.truncate(int64(good))
 	}
 	return nil
+}
+
+// removed notes that the file is gone. It is not made anew from what is remembered:
+// the log is what other processes can read as well.
+func (l *Ledger) removed(err error) {
+	if errors.Is(l.damage, fs.ErrNotExist) {
+		return
+	}
+	l.damage = fmt.Errorf("somebody has removed it: %w, want the log of %d events that replays to %s; put the file back from a copy, or reboot", err, len(l.records), l.tail())
+	l.records, l.size, l.bytes = nil, 0, 0
 }
 
 // append writes r in one write. On any failure the file is what it was, or has a
