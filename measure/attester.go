@@ -38,7 +38,8 @@ type QuoteStats struct {
 	OK          int       `json:"ok"`
 	Failed      int       `json:"failed"`
 	LastSuccess time.Time `json:"last_success,omitzero"`
-	LastError   string    `json:"last_error,omitempty"`
+	LastFailure time.Time `json:"last_failure,omitzero"`
+	LastError   string    `json:"last_error,omitempty"` // of the last failure, until a quote works
 	LastMillis  int64     `json:"last_ms"`
 	Queued      int       `json:"queued"`  // quotes that wait for their turn
 	Waiting     int       `json:"waiting"` // callers who wait for one
@@ -84,12 +85,12 @@ func (a *Attester) Evidence(ctx context.Context, rd ReportData, caller string) (
 	defer a.mu.Unlock()
 	if err != nil {
 		a.stats.Failed++
-		a.stats.LastError = err.Error()
+		a.stats.LastFailure, a.stats.LastError = time.Now().UTC(), err.Error()
 		return nil, err
 	}
 	a.last = quote
 	a.stats.OK++
-	a.stats.LastSuccess = time.Now().UTC()
+	a.stats.LastSuccess, a.stats.LastError = time.Now().UTC(), ""
 	a.stats.LastMillis = time.Since(start).Milliseconds()
 	return ev, nil
 }
