@@ -75,7 +75,7 @@ There is no TLS and no authorisation: keep it on a loopback address, or behind a
 }
 
 // serveHTTP serves until ctx ends; requests then have a moment to finish.
-func serveHTTP(ctx context.Context, s *http.Server, l net.Listener) error {
+func serveHTTP(ctx context.Context, s server, l net.Listener) error {
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
 	select {
