@@ -23,10 +23,12 @@ import (
 type channelFlags struct {
 	verifierFlags
 	keyTTL time.Duration
+	egress bool
 }
 
 func (f *channelFlags) add(cmd *cobra.Command) {
 	f.verifierFlags.add(cmd)
+	cmd.Flags().BoolVar(&f.egress, "egress", false, "dial by way of tdx-agent egress, as a process without a network of its own")
 	cmd.Flags().DurationVar(&f.keyTTL, "key-ttl", 0, "how long a peer may use its measured key instead of a quote, where the policy says require = \"key\"")
 }
 
@@ -35,6 +37,11 @@ func (f *channelFlags) add(cmd *cobra.Command) {
 func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger, isAttested bool) (cfg atls.Config, refresh func(context.Context) error, err error) {
 	if f.policy == "" {
 		return cfg, nil, exitf(exitUsage, "give --policy: it says which peers are accepted")
+	}
+	if f.egress {
+		if f.dial, err = throughEgress(g.runtimeDir); err != nil {
+			return cfg, nil, err
+		}
 	}
 	v, store, err := f.verifier(ctx, log)
 	if err != nil {
@@ -115,7 +122,7 @@ keys: it asks the running agent for evidence, over channel.sock.`,
 			group.Go(func() error { return refresh(ctx) })
 			group.Go(func() error {
 				return forward.Inbound(ctx, l, log, func(ctx context.Context, peer *atls.Peer) (net.Conn, error) {
-					return dialAddress(ctx, targets[peer.Service])
+					return dialAddress(ctx, f.dial, targets[peer.Service])
 				})
 			})
 			return endGroup(cmd.Context(), group)
@@ -159,11 +166,15 @@ func listenAddress(ctx context.Context, address string) (net.Listener, error) {
 	return new(net.ListenConfig).Listen(ctx, "tcp", address)
 }
 
-func dialAddress(ctx context.Context, address string) (net.Conn, error) {
+// dialAddress connects to a Unix socket by itself, and to TCP with dial (nil: by itself).
+func dialAddress(ctx context.Context, dial dialFunc, address string) (net.Conn, error) {
 	if path, ok := strings.CutPrefix(address, "unix:"); ok {
 		return new(net.Dialer).DialContext(ctx, "unix", path)
 	}
-	return new(net.Dialer).DialContext(ctx, "tcp", address)
+	if dial == nil {
+		dial = new(net.Dialer).DialContext
+	}
+	return dial(ctx, "tcp", address)
 }
 
 // dialFlags say whom to dial.
@@ -189,7 +200,9 @@ func (f *dialFlags) dialer(cmd *cobra.Command, g *globals, log *slog.Logger) (*a
 	if err != nil {
 		return nil, nil, err
 	}
-	d, err := atls.NewDialer(cfg, func(ctx context.Context, _, address string) (net.Conn, error) { return dialAddress(ctx, address) })
+	d, err := atls.NewDialer(cfg, func(ctx context.Context, _, address string) (net.Conn, error) {
+		return dialAddress(ctx, f.dial, address)
+	})
 	return d, refresh, err
 }
 

@@ -58,8 +58,20 @@ func TestScripts(t *testing.T) {
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
-		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt, "flip": scriptFlip, "substitute": scriptSubstitute, "waitfor": scriptWaitFor, "post-file": scriptPostFile, "replace-value": scriptReplaceValue,
-			"appkeys": scriptAppKeys, "appcert": scriptAppCert, "exits": scriptExits},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"http":          scriptHTTP,
+			"corrupt":       scriptCorrupt,
+			"flip":          scriptFlip,
+			"substitute":    scriptSubstitute,
+			"waitfor":       scriptWaitFor,
+			"post-file":     scriptPostFile,
+			"replace-value": scriptReplaceValue,
+			"appkeys":       scriptAppKeys,
+			"appcert":       scriptAppCert,
+			"exits":         scriptExits,
+			"free-address":  scriptFreeAddress,
+			"webserver":     scriptWebServer,
+		},
 	})
 }
 
@@ -110,10 +122,14 @@ func scriptExits(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// scriptWaitFor waits until a Unix socket takes connections, at most 20 s.
+// scriptWaitFor waits until a Unix socket, or HOST:PORT, takes connections, at most 20 s.
 func scriptWaitFor(ts *testscript.TestScript, _ bool, args []string) {
+	network := "tcp"
+	if strings.HasPrefix(args[0], "/") {
+		network = "unix"
+	}
 	for range 2000 {
-		if c, err := net.Dial("unix", args[0]); err == nil {
+		if c, err := net.Dial(network, args[0]); err == nil {
 			c.Close()
 			return
 		}

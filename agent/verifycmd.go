@@ -33,6 +33,7 @@ type verifierFlags struct {
 	staleGrace              time.Duration
 	allowRollback           bool
 	collateral, pccs        []string
+	dial                    dialFunc // of collateral; nil: this process's own network
 }
 
 func (f *verifierFlags) add(cmd *cobra.Command) {
@@ -143,8 +144,8 @@ func (f *verifierFlags) store(p *remote.Policy, now func() time.Time, log *slog.
 		return nil, withExit(exitConfig, err)
 	}
 	cfg := collateral.Config{Roots: roots, Files: f.collateral, PCCS: f.pccs, Now: now, Logger: log,
-		IntelPCS:   len(f.collateral) == 0 && len(f.pccs) == 0 && slices.Contains(roots.Pins(), dcap.IntelRoot()),
-		StaleGrace: f.staleGrace, AllowRollback: f.allowRollback}
+		IntelPCS: len(f.collateral) == 0 && len(f.pccs) == 0 && slices.Contains(roots.Pins(), dcap.IntelRoot()),
+		Dial:     f.dial, StaleGrace: f.staleGrace, AllowRollback: f.allowRollback}
 	if (cfg.IntelPCS || len(f.pccs) > 0) && f.at == "" {
 		if cfg.Dir, err = f.stateDir(); err != nil {
 			return nil, err
