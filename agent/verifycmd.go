@@ -56,6 +56,20 @@ const stateDefault = "/var/lib/tdx-agent"
 
 // verifier makes the Verifier that the flags ask for.
 func (f *verifierFlags) verifier(ctx context.Context, log *slog.Logger) (*remote.Verifier, *collateral.Store, error) {
+	policy, store, err := f.sources(ctx, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	now, err := f.clock()
+	if err != nil {
+		return nil, nil, err
+	}
+	v, err := remote.NewVerifier(remote.Config{Policy: policy, Collateral: store, Now: now, RealHardware: tsm.Present(tsm.Paths{})})
+	return v, store, withExit(exitConfig, err)
+}
+
+// sources reads what the flags name.
+func (f *verifierFlags) sources(ctx context.Context, log *slog.Logger) (*remote.Policy, *collateral.Store, error) {
 	policy, err := f.readPolicy(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -65,11 +79,7 @@ func (f *verifierFlags) verifier(ctx context.Context, log *slog.Logger) (*remote
 		return nil, nil, err
 	}
 	store, err := f.store(policy, now, log)
-	if err != nil {
-		return nil, nil, err
-	}
-	v, err := remote.NewVerifier(remote.Config{Policy: policy, Collateral: store, Now: now, RealHardware: tsm.Present(tsm.Paths{})})
-	return v, store, withExit(exitConfig, err)
+	return policy, store, err
 }
 
 func (f *verifierFlags) readPolicy(ctx context.Context) (p *remote.Policy, err error) {
