@@ -27,6 +27,8 @@ type Config struct {
 	Boot            BootConfig    `toml:"boot"`
 	Sockets         SocketsConfig `toml:"sockets"`
 	Compat          CompatConfig  `toml:"compat"`
+
+	Applications []ApplicationConfig `toml:"application"`
 }
 
 // KernelConfig says where the kernel's interfaces are.
@@ -130,6 +132,12 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
+	if err := checkApplications(c.Applications); err != nil {
+		return err
+	}
+	if n := len(c.agentConfig()); n > maxAgentConfig {
+		return fmt.Errorf("the settings that loosen defaults take %d bytes, and are measured with every quote: want at most %d; declare less, or with shorter names", n, maxAgentConfig)
+	}
 	return nil
 }
 
@@ -146,6 +154,9 @@ func (c *Config) loosened() map[string]any {
 	if c.Compat.FullAccess {
 		m["compat.full_access"] = true
 	}
+	for i := range c.Applications {
+		c.Applications[i].loosened(m)
+	}
 	return m
 }
 
@@ -155,6 +166,7 @@ func (c *Config) tighten() {
 	c.OnForeignExtend = def.OnForeignExtend
 	c.Kernel.AllowEnvOverrides = def.Kernel.AllowEnvOverrides
 	c.Compat.FullAccess = def.Compat.FullAccess
+	c.Applications = tightened(c.Applications)
 }
 
 // agentConfig is the payload of event agent-config: the loosened settings as JSON
@@ -166,7 +178,7 @@ func (c *Config) agentConfig() []byte {
 	}
 	b, err := json.Marshal(m) // sorts the keys
 	if err != nil {
-		panic(err) // strings and booleans only
+		panic(err) // strings, numbers and booleans only
 	}
 	return b
 }

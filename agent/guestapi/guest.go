@@ -76,21 +76,6 @@ func (c Caller) String() string {
 	return fmt.Sprintf("pid %d, uid %d, gid %d", c.PID, c.UID, c.GID)
 }
 
-// Grants is what the callers of one socket may do. The zero value denies
-// everything.
-type Grants struct {
-	Read  bool // Info, Version, GpuInfo
-	Quote bool // TdxQuote with a hash, under a prefix that is not reserved
-	// RawReportData, on top of Quote, allows report data of the caller's own
-	// making: GetQuote, Attest, RawQuote and TdxQuote raw. Whoever has it can make
-	// quotes for any purpose that report data marks, a KMS's key release included.
-	RawReportData bool
-	Measure       bool // EmitEvent
-	// Keys allows GetKey, GetTlsKey, Sign, Verify, DeriveKey and DeriveK256Key, with
-	// any path: whoever has it has all of the application's keys.
-	Keys bool
-}
-
 // Surface is which of dstack's two services a socket speaks.
 type Surface int
 

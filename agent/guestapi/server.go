@@ -22,7 +22,10 @@ const writeGrace = 10 * time.Second
 type Config struct {
 	Surface Surface
 	Grants  Grants // of every caller of this socket
-	Guest   Guest
+	// OnlyUIDs, if not empty, are the users that have these Grants. Others, and callers
+	// that the transport does not know, have none.
+	OnlyUIDs []uint32
+	Guest    Guest
 	// Keys returns the application's keys; nil is an agent that has none. It is asked
 	// for every method that needs them, and its error is the answer.
 	Keys func(ctx context.Context) (*keys.App, error)
