@@ -2,7 +2,6 @@ package guestapi
 
 import (
 	"context"
-	"fmt"
 
 	"tdx-agent/measure"
 )
@@ -57,23 +56,6 @@ func (i *Info) fields() message {
 		{"cloud_vendor", 15, &i.CloudVendor},
 		{"cloud_product", 16, &i.CloudProduct},
 	}
-}
-
-// Caller is the process at the other end of a connection, as the kernel reported it
-// once, when the connection was accepted (SO_PEERCRED). The connection may since
-// have been handed to another process, and the PID may have been reused.
-type Caller struct {
-	PID      int32
-	UID, GID uint32
-	Known    bool // false when the transport reports no credentials
-}
-
-// String returns the caller for people and logs.
-func (c Caller) String() string {
-	if !c.Known {
-		return "unknown"
-	}
-	return fmt.Sprintf("pid %d, uid %d, gid %d", c.PID, c.UID, c.GID)
 }
 
 // Surface is which of dstack's two services a socket speaks.

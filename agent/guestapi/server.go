@@ -73,17 +73,18 @@ func (c *Config) setDefaults() {
 // Server serves one surface to the callers of one socket, or of several that have
 // the same grants.
 type Server struct {
-	cfg     Config
-	methods map[string]method
-	slots   slots
-	logs    lastLog
-	http    http.Server
+	cfg      Config
+	methods  map[string]method
+	slots    slots
+	identify *identifier
+	logs     lastLog
+	http     http.Server
 }
 
 // NewServer returns a Server that is ready to [Server.Serve].
 func NewServer(cfg Config) *Server {
 	cfg.setDefaults()
-	s := &Server{cfg: cfg, methods: methodsOf(cfg.Surface)}
+	s := &Server{cfg: cfg, methods: methodsOf(cfg.Surface), identify: newIdentifier()}
 	s.slots = slots{total: cfg.MaxConns, perUID: cfg.MaxConnsPerUID, byUID: make(map[uint32]int)}
 	s.http = http.Server{
 		Handler:           http.HandlerFunc(s.handle),
@@ -104,7 +105,7 @@ func NewServer(cfg Config) *Server {
 // Serve answers the connections of ln until [Server.Shutdown], then returns nil. It
 // closes ln.
 func (s *Server) Serve(ln net.Listener) error {
-	err := s.http.Serve(&peerListener{Listener: ln, slots: &s.slots})
+	err := s.http.Serve(&peerListener{Listener: ln, slots: &s.slots, identify: s.identify})
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}
