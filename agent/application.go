@@ -34,6 +34,8 @@ type ApplicationConfig struct {
 	// KeyPaths and Events are prefixes; the default is the name and a slash.
 	KeyPaths []string `toml:"key_paths,omitempty"`
 	Events   []string `toml:"events,omitempty"`
+	// Limits replace those of the agent for this socket's callers, class by class.
+	Limits LimitsConfig `toml:"limits,omitempty"`
 }
 
 // grantRaw is the one grant that is no class of methods.
@@ -103,7 +105,11 @@ func (a *ApplicationConfig) check() error {
 			return fmt.Errorf(`key_paths: %q does not end in "/": as a prefix it would open %q too`, p, p+"2/x")
 		}
 	}
-	return checkPrefixes("events", a.Events, a.has("measure"), "measure")
+	if err := checkPrefixes("events", a.Events, a.has("measure"), "measure"); err != nil {
+		return err
+	}
+	limits := a.Limits.over(defaultLimits())
+	return limits.check()
 }
 
 func (a *ApplicationConfig) checkCallers() error {
@@ -209,22 +215,29 @@ type guestSocket struct {
 	application string // "" for dstack's own sockets
 	grants      guestapi.Grants
 	callers     []uint32 // nil is everybody
+	limits      *guestapi.Limiter
 }
 
 // guestSockets are all sockets of the guest API.
 func (d *daemon) guestSockets(listeners map[string]net.Listener) []guestSocket {
-	open := d.cfg.Compat.grants()
-	all := []guestSocket{{listener: listeners[socketDstack], surface: guestapi.Dstack, grants: open}, {listener: listeners[socketTappd], surface: guestapi.Tappd, grants: open}}
+	open, limits := d.cfg.Compat.grants(), d.cfg.Limits.limiter()
+	all := []guestSocket{{listener: listeners[socketDstack], surface: guestapi.Dstack, grants: open, limits: limits},
+		{listener: listeners[socketTappd], surface: guestapi.Tappd, grants: open, limits: limits}}
 	for i := range d.cfg.Applications {
 		a := &d.cfg.Applications[i]
-		all = append(all, guestSocket{listener: listeners[socketOf(a.Name)], surface: guestapi.Dstack, application: a.Name, grants: a.grants(), callers: a.callers()})
+		s := guestSocket{listener: listeners[socketOf(a.Name)], surface: guestapi.Dstack, application: a.Name, grants: a.grants(), callers: a.callers(), limits: limits}
+		if a.Limits != (LimitsConfig{}) {
+			own := a.Limits.over(d.cfg.Limits)
+			s.limits = own.limiter()
+		}
+		all = append(all, s)
 	}
 	return all
 }
 
-// server makes the server of a socket.
+// guestServer makes the server of a socket.
 func (d *daemon) guestServer(s guestSocket) *guestapi.Server {
-	return guestapi.NewServer(guestapi.Config{Surface: s.surface, Grants: s.grants, OnlyUIDs: s.callers, Guest: d, Keys: d.appKeys,
+	return guestapi.NewServer(guestapi.Config{Surface: s.surface, Grants: s.grants, OnlyUIDs: s.callers, Limits: s.limits, Guest: d, Keys: d.appKeys,
 		Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait})
 }
 

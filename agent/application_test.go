@@ -40,7 +40,7 @@ func TestExampleApplication(t *testing.T) {
 	if _, err := toml.Decode(text.String(), &shown); err != nil {
 		t.Fatal(err)
 	}
-	full := ApplicationConfig{Name: "a", Grants: []string{"read"}, UIDs: []uint32{1}, KeyPaths: []string{"a/"}, Events: []string{"a/"}}
+	full := ApplicationConfig{Name: "a", Grants: []string{"read"}, UIDs: []uint32{1}, KeyPaths: []string{"a/"}, Events: []string{"a/"}, Limits: defaultLimits()}
 	var every strings.Builder
 	if err := toml.NewEncoder(&every).Encode(map[string]any{"application": []ApplicationConfig{full}}); err != nil {
 		t.Fatal(err)
@@ -82,6 +82,8 @@ func TestBadApplications(t *testing.T) {
 		{"events without measure", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nevents = [\"a/\"]\n", `without the grant "measure"`},
 		{"declared twice", "[[application]]\nname = \"a\"\n" + good + "[[application]]\nname = \"a\"\n" + good, "declared twice"},
 		{"unknown key", "[[application]]\nname = \"a\"\nuid = 1\n" + good, `unknown key "application.uid"`},
+		{"limit that lets nothing through", "[limits]\nkey = {per_second = 0.0, burst = 1}\n", "limits.key: per_second is 0"},
+		{"limit of an application without a burst", "[[application]]\nname = \"a\"\nlimits = {quote = {per_second = 1.0}}\n" + good, "limits.quote: per_second is 1 and burst 0"},
 		{"too many", many, "17 applications"},
 		{"more than can be measured", large, "want at most 4096"},
 	} {

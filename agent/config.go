@@ -27,6 +27,7 @@ type Config struct {
 	Boot            BootConfig    `toml:"boot"`
 	Sockets         SocketsConfig `toml:"sockets"`
 	Compat          CompatConfig  `toml:"compat"`
+	Limits          LimitsConfig  `toml:"limits"`
 
 	Applications []ApplicationConfig `toml:"application"`
 }
@@ -73,6 +74,7 @@ func newConfig() *Config {
 		Kernel:          KernelConfig{Entry: "tdx-agent", CCEL: "/sys/firmware/acpi/tables/data/CCEL", AttestConf: "/etc/tdx-attest.conf"},
 		Boot:            BootConfig{HostShared: "/dstack/.host-shared", Era: "0.5.11", AgentKey: true, DstackLogs: "/run/log"},
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
+		Limits:          defaultLimits(),
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
 	}
 }
@@ -131,6 +133,9 @@ func (c *Config) check() error {
 		if _, err := hash32(v); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
+	}
+	if err := c.Limits.check(); err != nil {
+		return err
 	}
 	if err := checkApplications(c.Applications); err != nil {
 		return err

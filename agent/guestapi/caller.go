@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -45,18 +46,43 @@ func (c Caller) String() string {
 	return text
 }
 
+// accountKey is whom a caller's calls count against.
+type accountKey struct {
+	known  bool
+	uid    uint32
+	group  uint64
+	cgroup string
+	pid    int32
+}
+
+// account is the user in his control group, as a process that forks stays in it; where
+// no group is known, the process.
+func (c *Caller) account() accountKey {
+	switch {
+	case !c.Known:
+		return accountKey{}
+	case c.CgroupID != 0:
+		return accountKey{known: true, uid: c.UID, group: c.CgroupID}
+	case c.Cgroup != "":
+		return accountKey{known: true, uid: c.UID, cgroup: c.Cgroup}
+	}
+	return accountKey{known: true, uid: c.UID, pid: c.PID}
+}
+
 // Account names whom a caller's calls count against: the user in his control group, as a
 // process that forks stays in it; where no group is known, the process.
 func (c Caller) Account() string {
+	a := c.account()
+	uid := "uid " + strconv.FormatUint(uint64(a.uid), 10)
 	switch {
-	case !c.Known:
+	case !a.known:
 		return "unknown"
-	case c.CgroupID != 0:
-		return fmt.Sprintf("uid %d cgroup %d", c.UID, c.CgroupID)
-	case c.Cgroup != "":
-		return fmt.Sprintf("uid %d cgroup %s", c.UID, c.Cgroup)
+	case a.group != 0:
+		return uid + " cgroup " + strconv.FormatUint(a.group, 10)
+	case a.cgroup != "":
+		return uid + " cgroup " + a.cgroup
 	}
-	return fmt.Sprintf("uid %d pid %d", c.UID, c.PID)
+	return uid + " pid " + strconv.Itoa(int(a.pid))
 }
 
 // maxGroups bounds the control groups whose paths are remembered.

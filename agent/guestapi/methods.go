@@ -12,6 +12,7 @@ type call struct {
 	method    string
 	arguments arguments
 	caller    Caller
+	missed    int // calls of this class by this caller that were refused before, see Limiter
 }
 
 // method is one method of a surface.

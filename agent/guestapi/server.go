@@ -33,6 +33,7 @@ type Config struct {
 	Version  string // answer to the method Version
 	Revision string // of the source, such as "git:0123456789abcdef0123"; "" is sent as "unknown"
 
+	Limits *Limiter     // of every caller; nil: none
 	Logger *slog.Logger // nil: no log
 
 	// ReadTimeout bounds the arrival of a request, headers and body; default 10 s.
