@@ -25,9 +25,16 @@ const (
 	socketEgress  = "egress"  // of tdx-agent egress
 )
 
-// socketModes are the sockets of serve. Containers have arbitrary user ids, so
-// dstack's two are open to all, and what they give is limited instead.
-var socketModes = map[string]fs.FileMode{socketDstack: 0o666, socketTappd: 0o666, socketAgent: 0o660, socketAdmin: 0o600, socketChannel: 0o660}
+// socketModes returns the sockets of serve. Containers have arbitrary user ids, so
+// dstack's two are open to all, and what they give is limited instead. An application's
+// is in a folder of its own: into whichever container that is mounted, can open it.
+func socketModes(cfg *Config) map[string]fs.FileMode {
+	modes := map[string]fs.FileMode{socketDstack: 0o666, socketTappd: 0o666, socketAgent: 0o660, socketAdmin: 0o600, socketChannel: 0o660}
+	for i := range cfg.Applications {
+		modes[socketOf(cfg.Applications[i].Name)] = 0o666
+	}
+	return modes
+}
 
 // listenAll takes the sockets from systemd, all of them and by name, or binds them.
 func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener, error) {
@@ -35,16 +42,21 @@ func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener
 	if err != nil {
 		return nil, fmt.Errorf("sockets from systemd: %w", err)
 	}
+	modes := socketModes(cfg)
 	if len(passed) > 0 {
-		return takeListeners(passed)
+		return takeListeners(passed, modes)
 	}
 	paths := map[string]string{socketDstack: cfg.Sockets.Dstack, socketTappd: cfg.Sockets.Tappd, socketAgent: dir.agentSocket(), socketAdmin: dir.adminSocket(), socketChannel: dir.channelSocket()}
 	if given {
 		paths[socketDstack], paths[socketTappd] = dir.path("dstack.sock"), dir.path("tappd.sock")
 	}
+	for i := range cfg.Applications {
+		name := cfg.Applications[i].Name
+		paths[socketOf(name)] = dir.applicationSocket(name)
+	}
 	all := map[string]net.Listener{}
 	for name, path := range paths {
-		l, err := listenUnix(path, socketModes[name])
+		l, err := listenUnix(path, modes[name])
 		if err != nil {
 			closeAll(all)
 			return nil, err
@@ -54,19 +66,19 @@ func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener
 	return all, nil
 }
 
-func takeListeners(passed map[string][]net.Listener) (map[string]net.Listener, error) {
+func takeListeners(passed map[string][]net.Listener, modes map[string]fs.FileMode) (map[string]net.Listener, error) {
 	all := map[string]net.Listener{}
 	var problems []error
 	for name, ls := range passed {
-		if _, known := socketModes[name]; !known || len(ls) != 1 {
-			problems = append(problems, fmt.Errorf("systemd passed %d sockets named %q; want one of each of dstack, tappd, agent, admin, and perhaps channel (FileDescriptorName=)", len(ls), name))
+		if _, known := modes[name]; !known || len(ls) != 1 {
+			problems = append(problems, fmt.Errorf("systemd passed %d sockets named %q; want one of each of dstack, tappd, agent, admin, app-NAME of every application in agent.toml, and perhaps channel (FileDescriptorName=)", len(ls), name))
 			continue
 		}
 		all[name] = ls[0]
 	}
-	for name := range socketModes {
+	for name := range modes {
 		if _, ok := passed[name]; !ok && name != socketChannel {
-			problems = append(problems, fmt.Errorf("systemd passed no socket named %q; start the .socket units", name))
+			problems = append(problems, fmt.Errorf("systemd passed no socket named %q; start the .socket units (of application NAME: tdx-agent-app@NAME.socket)", name))
 		}
 	}
 	if len(problems) > 0 {

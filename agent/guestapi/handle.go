@@ -184,8 +184,14 @@ func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer 
 
 func (s *Server) run(w http.ResponseWriter, r *http.Request, c *call, peer *peerConn) (message, error) {
 	m, ok := s.methods[c.method]
+	if err := s.limit(c, m.class); err != nil {
+		return nil, err
+	}
+	if err := s.admits(c); err != nil {
+		return nil, err
+	}
 	limit := maxBody
-	if m.large && s.cfg.Grants.Keys {
+	if m.large && s.cfg.Grants.Sign {
 		limit = maxLargeBody
 	}
 	payload, err := s.payload(w, r, limit)
