@@ -27,6 +27,7 @@ type Config struct {
 	Boot            BootConfig    `toml:"boot"`
 	Sockets         SocketsConfig `toml:"sockets"`
 	Compat          CompatConfig  `toml:"compat"`
+	Worker          WorkerConfig  `toml:"worker"`
 }
 
 // KernelConfig says where the kernel's interfaces are.
@@ -130,7 +131,7 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
-	return nil
+	return c.Worker.check()
 }
 
 // loosened lists the settings that loosen a default, by name, with their values. They

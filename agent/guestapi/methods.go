@@ -49,6 +49,12 @@ func methodsOf(surface Surface) map[string]method {
 			"DeriveKey":     {run: (*Server).deriveKey, secret: true},
 			"DeriveK256Key": {run: (*Server).deriveK256Key, secret: true},
 		}
+	case Worker:
+		return map[string]method{
+			"Info":                    {run: (*Server).info},
+			"Version":                 {run: (*Server).version},
+			"GetAttestationForAppKey": {run: (*Server).appKeyAttestation},
+		}
 	}
 	return nil
 }
@@ -58,6 +64,10 @@ func (s *Server) getQuote(ctx context.Context, c *call) (message, error) {
 	if err != nil {
 		return nil, err
 	}
+	return s.quoteMessage(ev, rd)
+}
+
+func (s *Server) quoteMessage(ev *measure.Evidence, rd measure.ReportData) (message, error) {
 	log, err := s.logs.text(ev.Events)
 	if err != nil {
 		return nil, err
@@ -180,6 +190,9 @@ func (s *Server) info(ctx context.Context, c *call) (message, error) {
 	info, err := s.cfg.Guest.Info(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if s.cfg.Surface == Worker && !s.cfg.PublicTCBInfo {
+		info.TCBInfo, info.VMConfig = "", ""
 	}
 	return info.fields(), nil
 }
