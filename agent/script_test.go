@@ -6,11 +6,13 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -57,7 +59,7 @@ func TestScripts(t *testing.T) {
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt, "flip": scriptFlip, "substitute": scriptSubstitute, "waitfor": scriptWaitFor, "post-file": scriptPostFile, "replace-value": scriptReplaceValue,
-			"appkeys": scriptAppKeys, "appcert": scriptAppCert},
+			"appkeys": scriptAppKeys, "appcert": scriptAppCert, "exits": scriptExits},
 	})
 }
 
@@ -90,6 +92,22 @@ func scriptPostFile(ts *testscript.TestScript, neg bool, args []string) {
 	b, err := os.ReadFile(ts.MkAbs(args[2]))
 	ts.Check(err)
 	scriptRequest(ts, neg, http.MethodPost, args[0], args[1], string(b))
+}
+
+// scriptExits runs a program that must end with this status: exits STATUS PROGRAM ARG....
+func scriptExits(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: exits STATUS PROGRAM ARG...")
+	}
+	got := 0
+	err := ts.Exec(args[1], args[2:]...)
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		got, err = exit.ExitCode(), nil
+	}
+	ts.Check(err)
+	if strconv.Itoa(got) != args[0] {
+		ts.Fatalf("exit status is %d, want %s", got, args[0])
+	}
 }
 
 // scriptWaitFor waits until a Unix socket takes connections, at most 20 s.
