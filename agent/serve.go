@@ -115,6 +115,10 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"channel evidence"}})
 		d.start(ctx, group, newHTTPServer(d.channelHandler()), l)
 	}
+	if l := listeners[socketWorker]; l != nil {
+		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"read", "application key's attestation"}})
+		d.start(ctx, group, d.workerServer(), l)
+	}
 	group.Go(func() error { d.background(ctx); return nil })
 	// A slow host does not count against the agent; a lock of the log or a quote that
 	// nobody gives back does.
