@@ -136,6 +136,8 @@ func (t *targetState) refused(e *Error) {
 	t.last = e
 	isFree := e.Step == StepTLS || e.Step == StepHello
 	switch {
+	case e.Code == CodeBusy && !e.Remote: // our own quotes are slow: the peer has had none
+		t.until = time.Now().Add(e.RetryAfter)
 	case e.Code == CodeBusy:
 		wait := e.RetryAfter
 		if !isFree {

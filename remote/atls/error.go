@@ -92,7 +92,7 @@ func codeOf(err error) Code {
 		return CodeBindingMismatch
 	case errors.As(err, new(*reattestError)):
 		return CodeReattest
-	case errors.As(err, new(*busyError)):
+	case errors.As(err, new(waiter)):
 		return CodeBusy
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		return CodeTimeout
@@ -130,7 +130,11 @@ func (e *reattestError) Error() string { return "a quote is needed: " + e.text }
 // busyError says that there is no room.
 type busyError struct{ retryAfter time.Duration }
 
-func (e *busyError) Error() string { return fmt.Sprintf("busy, try again in %v", e.retryAfter) }
+func (e *busyError) Error() string             { return fmt.Sprintf("busy, try again in %v", e.retryAfter) }
+func (e *busyError) RetryAfter() time.Duration { return e.retryAfter }
+
+// waiter is an error that ends by itself: ours, or an Attester's.
+type waiter interface{ RetryAfter() time.Duration }
 
 // ref names a handshake on both ends.
 func ref(transcript [32]byte) string { return hex.EncodeToString(transcript[:8]) }

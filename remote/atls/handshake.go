@@ -24,6 +24,9 @@ const (
 	limitTotal        = 45 * time.Second
 )
 
+// maxRetryAfter is the longest that an end tells the other to wait.
+const maxRetryAfter = time.Minute
+
 // handshake is one under way, in one goroutine. Its states follow each other in the
 // order of the steps; whatever does not fit ends it.
 type handshake struct {
@@ -134,7 +137,7 @@ func (h *handshake) read(kind byte, limit int, message any) (frame []byte, err e
 			if code == CodeReattest && h.hasQuoted {
 				code = CodeBadFrame // it has the quote that it asks for, and gets no other
 			}
-			return nil, &Error{Step: h.step, Code: code, Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), 60_000)) * time.Millisecond}
+			return nil, &Error{Step: h.step, Code: code, Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), int(maxRetryAfter/time.Millisecond))) * time.Millisecond}
 		}
 	}
 	return frame, decode(frame, message)
@@ -190,8 +193,9 @@ func (h *handshake) finish(err error) *Error {
 	failed, isOurs := errors.AsType[*Error](err)
 	if !isOurs && err != nil {
 		failed = &Error{Step: h.step, Code: code, Ref: h.ref, Err: err}
-		if busy, ok := errors.AsType[*busyError](err); ok {
-			failed.RetryAfter = busy.retryAfter
+		var busy waiter
+		if errors.As(err, &busy) {
+			failed.RetryAfter = min(max(busy.RetryAfter(), 0), maxRetryAfter)
 		}
 		if h.conn != nil && h.step != StepTLS {
 			h.refuse(failed)
