@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"sync"
 	"time"
 
 	"tdx-agent/remote"
@@ -138,51 +137,3 @@ type waiter interface{ RetryAfter() time.Duration }
 
 // ref names a handshake on both ends.
 func ref(transcript [32]byte) string { return hex.EncodeToString(transcript[:8]) }
-
-// Handshake is how one ended, for logs and metrics.
-type Handshake struct {
-	Time     time.Time
-	Duration time.Duration
-	Remote   string // address
-	Role     Role   // ours
-	Service  string
-	Ref      string
-	Step     Step // StepOpen if it succeeded
-	Code     Code
-	Entry    string // the policy entry that accepts the peer, or came closest
-	KeyMode  bool
-	Err      error // the local cause
-}
-
-// maxFailures bounds Failures.
-const maxFailures = 64
-
-// Failures keeps the last 64 handshakes that failed. The zero value is empty. For many
-// goroutines.
-type Failures struct {
-	mu   sync.Mutex
-	list []Handshake
-	next int
-}
-
-// Add keeps h if it failed.
-func (f *Failures) Add(h Handshake) {
-	if h.Code == CodeOK {
-		return
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if len(f.list) < maxFailures {
-		f.list = append(f.list, h)
-		return
-	}
-	f.list[f.next] = h
-	f.next = (f.next + 1) % maxFailures
-}
-
-// List returns them, the oldest first.
-func (f *Failures) List() []Handshake {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return append(append([]Handshake(nil), f.list[f.next:]...), f.list[:f.next]...)
-}

@@ -42,12 +42,13 @@ type handshake struct {
 	peer    *Peer
 	policy  *remote.Policy // of the start
 
-	hasQuoted bool // our evidence is a quote
+	hasQuoted  bool // our evidence is a quote
+	isReserved bool // there is a place for the channel; end.mu guards it
 }
 
 // begin makes the TLS connection.
 func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, error) {
-	h := &handshake{end: e, ctx: ctx, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw)}, policy: e.cfg.Verifier.Policy()}
+	h := &handshake{end: e, ctx: ctx, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw), Role: Client + Server - role}, policy: e.cfg.Verifier.Policy()}
 	leaf, err := e.certificate()
 	if err != nil {
 		return h, err
@@ -184,6 +185,14 @@ func (h *handshake) readStatement(mode string) (st *Statement, serverEvidence st
 	return st, e.ServerEvidence, err
 }
 
+// closest is the policy entry that accepts the peer or came closest.
+func (h *handshake) closest(err error) string {
+	if rejection, ok := errors.AsType[*remote.Rejection](err); ok {
+		return rejection.Result.Entry
+	}
+	return h.peer.Entry()
+}
+
 // finish is told of every handshake's end. It answers the peer if that is due.
 func (h *handshake) finish(err error) *Error {
 	code := CodeOK
@@ -209,7 +218,7 @@ func (h *handshake) finish(err error) *Error {
 		step = StepOpen
 	}
 	h.cfg.Observe(Handshake{Time: h.start, Duration: time.Since(h.start), Remote: h.peer.Address, Role: h.role, Service: h.peer.Service, Ref: h.ref,
-		Step: step, Code: code, Entry: h.peer.Entry(), KeyMode: h.peer.KeyMode, Err: err})
+		Step: step, Code: code, Entry: h.closest(err), Assurance: h.peer.Assurance(), Err: err})
 	return failed
 }
 
@@ -254,6 +263,9 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 		if own, err = h.appraiseClient(ctx, mode, &hello); err != nil {
 			return 0, err
 		}
+	}
+	if !h.reserve(l.MaxConnections) {
+		return 0, &busyError{time.Second}
 	}
 	if err := h.answer(ctx, own, &hello, slots); err != nil {
 		return 0, err

@@ -152,7 +152,7 @@ func TestPolicyReplacedMeanwhile(t *testing.T) {
 		t.Error("a channel by the policy of before")
 	}
 	p.listener.Close() // waits for the handshake's end
-	if n := len(p.listener.Peers()); n != 0 {
+	if n := len(p.peers()); n != 0 {
 		t.Errorf("%d peers", n)
 	}
 	if f := p.failures.List(); len(f) != 1 || f[0].Code != atls.CodePolicyDenied || f[0].Step != atls.StepVerify {
