@@ -27,6 +27,7 @@ type Config struct {
 	Boot            BootConfig    `toml:"boot"`
 	Sockets         SocketsConfig `toml:"sockets"`
 	Compat          CompatConfig  `toml:"compat"`
+	Egress          EgressConfig  `toml:"egress"`
 }
 
 // KernelConfig says where the kernel's interfaces are.
@@ -72,6 +73,7 @@ func newConfig() *Config {
 		Boot:            BootConfig{HostShared: "/dstack/.host-shared", Era: "0.5.11", AgentKey: true, DstackLogs: "/run/log"},
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
+		Egress:          newEgressConfig(),
 	}
 }
 
@@ -130,7 +132,7 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
-	return nil
+	return c.Egress.check()
 }
 
 // loosened lists the settings that loosen a default, by name, with their values. They

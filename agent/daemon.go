@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strconv"
 	"sync"
 	"time"
 
@@ -145,7 +146,7 @@ func (d *daemon) report(err error) error {
 func (d *daemon) Evidence(ctx context.Context, rd measure.ReportData, c guestapi.Caller) (*measure.Evidence, error) {
 	ctx, cancel := context.WithTimeout(ctx, quoteWait)
 	defer cancel()
-	ev, err := d.attester.Evidence(ctx, rd, fmt.Sprintf("%d/%d", c.UID, c.PID))
+	ev, err := d.attester.Evidence(ctx, rd, strconv.FormatUint(uint64(c.UID), 10)+"/"+strconv.Itoa(int(c.PID)))
 	if err != nil {
 		if d.report(err) != nil {
 			d.log.Warn("no quote", "error", err)

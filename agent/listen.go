@@ -22,6 +22,7 @@ const (
 	socketAgent   = "agent"
 	socketAdmin   = "admin"
 	socketChannel = "channel" // optional: only where the machine has attested channels
+	socketEgress  = "egress"  // of tdx-agent egress
 )
 
 // socketModes are the sockets of serve. Containers have arbitrary user ids, so

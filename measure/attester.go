@@ -38,7 +38,8 @@ type QuoteStats struct {
 	OK          int       `json:"ok"`
 	Failed      int       `json:"failed"`
 	LastSuccess time.Time `json:"last_success,omitzero"`
-	LastError   string    `json:"last_error,omitempty"`
+	LastFailure time.Time `json:"last_failure,omitzero"`
+	LastError   string    `json:"last_error,omitempty"` // of the last failure, until a quote works
 	LastMillis  int64     `json:"last_ms"`
 	Queued      int       `json:"queued"`         // quotes that wait for their turn
 	Remote      int       `json:"queued_channel"` // of these for the peers of channels
@@ -95,12 +96,12 @@ func (a *Attester) counted(ctx context.Context, rd ReportData, l *line, caller s
 	defer a.mu.Unlock()
 	if err != nil {
 		a.stats.Failed++
-		a.stats.LastError = err.Error()
+		a.stats.LastFailure, a.stats.LastError = time.Now().UTC(), err.Error()
 		return nil, err
 	}
 	a.last = quote
 	a.stats.OK++
-	a.stats.LastSuccess = time.Now().UTC()
+	a.stats.LastSuccess, a.stats.LastError = time.Now().UTC(), ""
 	a.stats.LastMillis = time.Since(start).Milliseconds()
 	return ev, nil
 }
@@ -121,29 +122,29 @@ func (a *Attester) evidence(ctx context.Context, rd ReportData, l *line, caller 
 	if err := a.CheckBoot(quote.Body.Registers); err != nil && !a.serveAnyway(err) {
 		return nil, nil, err
 	}
-	events, err := a.explain(ctx, before, quote.Body.RTMR[RTMR3])
+	records, err := a.explain(ctx, before, quote.Body.RTMR[RTMR3])
 	if err != nil {
 		return nil, nil, err
 	}
-	log := make([]Event, 0, len(a.cfg.Boot)+len(events))
-	log = append(append(log, a.cfg.Boot...), events...)
+	log := make([]Event, 0, len(a.cfg.Boot)+len(records))
+	log = appendEvents(append(log, a.cfg.Boot...), records)
 	return &Evidence{Quote: raw, Events: log, VMConfig: a.cfg.VMConfig}, quote, nil
 }
 
-// explain returns the events behind the quote's RTMR3.
-func (a *Attester) explain(ctx context.Context, before Snapshot, rtmr3 Digest) ([]Event, error) {
-	if events, ok := before.At(rtmr3); ok {
-		return events, nil
+// explain returns the records behind the quote's RTMR3.
+func (a *Attester) explain(ctx context.Context, before Snapshot, rtmr3 Digest) ([]Record, error) {
+	if records, ok := before.recordsAt(rtmr3); ok {
+		return records, nil
 	}
 	after, err := a.cfg.Ledger.Snapshot(ctx)
 	if err == nil {
-		if events, ok := after.At(rtmr3); ok {
-			return events, nil
+		if records, ok := after.recordsAt(rtmr3); ok {
+			return records, nil
 		}
 		err = &DivergenceError{Log: after.Log, Register: rtmr3}
 	}
 	if a.serveAnyway(err) {
-		return after.Events(), nil
+		return after.Records, nil
 	}
 	return nil, err
 }
