@@ -65,7 +65,7 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 }
 
 func logHandshake(log *slog.Logger, h atls.Handshake) {
-	args := []any{"remote", h.Remote, "service", h.Service, "ref", h.Ref, "entry", h.Entry, "key_mode", h.KeyMode, "took", h.Duration.Round(time.Microsecond)}
+	args := []any{"remote", h.Remote, "service", h.Service, "ref", h.Ref, "entry", h.Entry, "assurance", h.Assurance, "took", h.Duration.Round(time.Microsecond)}
 	if h.Code == atls.CodeOK {
 		log.Info("channel", args...)
 		return

@@ -130,7 +130,7 @@ func (l *Listener) admit(raw net.Conn) (host string, ok bool) {
 			return host, false
 		}
 	}
-	if l.total >= l.cfg.MaxHandshakes || l.end.count() >= l.cfg.MaxConnections {
+	if l.total >= l.cfg.MaxHandshakes || !l.end.hasRoom(l.cfg.MaxConnections) {
 		return host, false
 	}
 	l.pending[host]++
@@ -193,6 +193,7 @@ func (l *Listener) handshaken(raw net.Conn) (*Conn, error) {
 	if err == nil {
 		c, err = h.open(ctx, ttl, h.peer.Service, nil)
 	}
+	h.release()
 	if failed := h.finish(err); failed != nil {
 		return nil, failed
 	}
@@ -224,14 +225,8 @@ func (l *Listener) Close() error {
 // Addr is the address of the inner listener.
 func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
 
-// Peers lists the peers of open channels.
-func (l *Listener) Peers() []*Peer {
-	var peers []*Peer
-	for _, c := range l.end.channels() {
-		peers = append(peers, c.peer)
-	}
-	return peers
-}
+// Channels lists the open ones.
+func (l *Listener) Channels() []*Conn { return l.end.channels() }
 
 // Reappraise judges the peers of all open channels by the policy of now, as after a
 // reload, and drains the channels of those that are no longer accepted. It returns how
