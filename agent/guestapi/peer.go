@@ -70,7 +70,7 @@ func (s *slots) free(c Caller) {
 // users, and perUID of one that the kernel knows. What is beyond is told so, with
 // status 429, and closed.
 func LimitListener(ln net.Listener, total, perUID int) net.Listener {
-	return newPeerListener(ln, newSlots(total, perUID))
+	return newPeerListener(ln, newSlots(total, perUID), newIdentifier())
 }
 
 // peerListener accepts connections as *peerConn, and turns away those that find no
@@ -78,11 +78,12 @@ func LimitListener(ln net.Listener, total, perUID int) net.Listener {
 type peerListener struct {
 	net.Listener
 	slots      *slots
+	identify   *identifier
 	turnedAway chan struct{} // holds one for each connection that is told so
 }
 
-func newPeerListener(ln net.Listener, s *slots) *peerListener {
-	return &peerListener{Listener: ln, slots: s, turnedAway: make(chan struct{}, maxTurnedAway)}
+func newPeerListener(ln net.Listener, s *slots, identify *identifier) *peerListener {
+	return &peerListener{Listener: ln, slots: s, identify: identify, turnedAway: make(chan struct{}, maxTurnedAway)}
 }
 
 func (l *peerListener) Accept() (net.Conn, error) {
@@ -91,7 +92,7 @@ func (l *peerListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		caller := callerOf(conn)
+		caller := l.identify.caller(conn)
 		if release, ok := l.slots.take(caller); ok {
 			return &peerConn{Conn: conn, caller: caller, release: release}, nil
 		}
@@ -139,18 +140,6 @@ func refuse(conn net.Conn) {
 		"Retry-After: 1\r\n" + ExitHeader + ": 9\r\nConnection: close\r\n\r\n"
 	conn.SetWriteDeadline(time.Now().Add(time.Millisecond))
 	conn.Write([]byte(head + body))
-}
-
-// callerOf asks the kernel who connected.
-func callerOf(conn net.Conn) Caller {
-	var c Caller
-	control(conn, func(fd int) {
-		cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
-		if err == nil && cred.Pid > 0 {
-			c = Caller{PID: cred.Pid, UID: cred.Uid, GID: cred.Gid, Known: true}
-		}
-	})
-	return c
 }
 
 // control runs f on the descriptor of conn, if it has one, and reports whether it did.
