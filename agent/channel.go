@@ -71,6 +71,7 @@ func (d *daemon) channelHandler() http.Handler {
 		hash := d.channel.AgentKey()
 		reply(w, http.StatusOK, channelKeyReply{hash[:]})
 	})
+	d.certificateRoutes(mux)
 	mux.HandleFunc("POST /v1/attest", func(w http.ResponseWriter, r *http.Request) {
 		answer, err := d.attestChannel(r)
 		if err != nil {

@@ -37,6 +37,7 @@ type daemon struct {
 	access   []status.Access
 	cloud    [2]string // DMI vendor and product
 	channel  *atls.Key // nil: this boot has no agent key
+	extended bell      // rings when RTMR3 may have been extended
 
 	mu       sync.Mutex // guards what follows
 	info     guestapi.Info
@@ -177,6 +178,7 @@ func (d *daemon) emit(ctx context.Context, e measure.Entry) (measure.Record, err
 		d.report(err)
 		return measure.Record{}, err
 	}
+	d.extended.ring()
 	d.log.Info("event extended into RTMR3", "event", r.Name, "seq", r.Seq, "rtmr3", r.Next, "caller", r.Caller)
 	return r, nil
 }

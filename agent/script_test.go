@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -76,7 +77,7 @@ func TestScripts(t *testing.T) {
 			"hangup":        scriptHangup,
 			"waitline":      scriptWaitLine,
 			"sink":          scriptSink,
-			"hold":          scriptHold,
+			"hold":          scriptHold, "newcert": scriptNewCert,
 		},
 	})
 }
@@ -325,4 +326,21 @@ func scriptHold(ts *testscript.TestScript, _ bool, args []string) {
 	c, err := net.Dial("unix", args[0])
 	ts.Check(err)
 	ts.Defer(func() { c.Close() })
+}
+
+// scriptNewCert waits until a TLS server shows another certificate than the one in a
+// file, at most 20 s: newcert FILE ADDRESS.
+func scriptNewCert(ts *testscript.TestScript, _ bool, args []string) {
+	block, _ := pem.Decode([]byte(ts.ReadFile(args[0])))
+	for range 60 {
+		c, err := tls.Dial("tcp", args[1], &tls.Config{InsecureSkipVerify: true})
+		ts.Check(err)
+		shown := c.ConnectionState().PeerCertificates[0].Raw
+		c.Close()
+		if !bytes.Equal(shown, block.Bytes) {
+			return
+		}
+		time.Sleep(300 * time.Millisecond) // an endpoint takes 5 a second from one address
+	}
+	ts.Fatalf("%s still shows the certificate in %s", args[1], args[0])
 }
