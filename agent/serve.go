@@ -112,7 +112,8 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 		{Socket: listeners[socketAdmin].Addr().String(), Grants: []string{"emit"}},
 	}
 	for name, surface := range map[string]guestapi.Surface{socketDstack: guestapi.Dstack, socketTappd: guestapi.Tappd} {
-		s := guestapi.NewServer(guestapi.Config{Surface: surface, Grants: app, Guest: d, Keys: d.appKeys, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait})
+		s := guestapi.NewServer(guestapi.Config{Surface: surface, Grants: app, Guest: d, Keys: d.appKeys, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait,
+			Observe: func(method string, status int) { d.metrics.called(name, method, status) }})
 		d.start(ctx, group, s, listeners[name])
 	}
 	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])

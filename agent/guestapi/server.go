@@ -31,6 +31,9 @@ type Config struct {
 	Revision string // of the source, such as "git:0123456789abcdef0123"; "" is sent as "unknown"
 
 	Logger *slog.Logger // nil: no log
+	// Observe is told of every call: one of the surface's methods, or "" for another
+	// word, and the HTTP status. Nil: nobody is.
+	Observe func(method string, status int)
 
 	// ReadTimeout bounds the arrival of a request, headers and body; default 10 s.
 	ReadTimeout time.Duration
