@@ -28,6 +28,10 @@ type Config struct {
 	Sockets         SocketsConfig `toml:"sockets"`
 	Compat          CompatConfig  `toml:"compat"`
 	Egress          EgressConfig  `toml:"egress"`
+	Limits          LimitsConfig  `toml:"limits"`
+	Worker          WorkerConfig  `toml:"worker"`
+
+	Applications []ApplicationConfig `toml:"application"`
 }
 
 // KernelConfig says where the kernel's interfaces are.
@@ -72,6 +76,7 @@ func newConfig() *Config {
 		Kernel:          KernelConfig{Entry: "tdx-agent", CCEL: "/sys/firmware/acpi/tables/data/CCEL", AttestConf: "/etc/tdx-attest.conf"},
 		Boot:            BootConfig{HostShared: "/dstack/.host-shared", Era: "0.5.11", AgentKey: true, DstackLogs: "/run/log"},
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
+		Limits:          defaultLimits(),
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
 		Egress:          newEgressConfig(),
 	}
@@ -132,7 +137,20 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
-	return c.Egress.check()
+	for _, check := range []func() error{
+		c.Egress.check,
+		c.Limits.check,
+		func() error { return checkApplications(c.Applications) },
+		c.Worker.check,
+	} {
+		if err := check(); err != nil {
+			return err
+		}
+	}
+	if n := len(c.agentConfig()); n > maxAgentConfig {
+		return fmt.Errorf("the settings that loosen defaults take %d bytes, and are measured with every quote: want at most %d; declare less, or with shorter names", n, maxAgentConfig)
+	}
+	return nil
 }
 
 // loosened lists the settings that loosen a default, by name, with their values. They
@@ -148,6 +166,9 @@ func (c *Config) loosened() map[string]any {
 	if c.Compat.FullAccess {
 		m["compat.full_access"] = true
 	}
+	for i := range c.Applications {
+		c.Applications[i].loosened(m)
+	}
 	return m
 }
 
@@ -157,6 +178,7 @@ func (c *Config) tighten() {
 	c.OnForeignExtend = def.OnForeignExtend
 	c.Kernel.AllowEnvOverrides = def.Kernel.AllowEnvOverrides
 	c.Compat.FullAccess = def.Compat.FullAccess
+	c.Applications = tightened(c.Applications)
 }
 
 // agentConfig is the payload of event agent-config: the loosened settings as JSON
@@ -168,7 +190,7 @@ func (c *Config) agentConfig() []byte {
 	}
 	b, err := json.Marshal(m) // sorts the keys
 	if err != nil {
-		panic(err) // strings and booleans only
+		panic(err) // strings, numbers and booleans only
 	}
 	return b
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"strconv"
 	"sync"
 	"time"
 
@@ -152,7 +151,7 @@ func (d *daemon) report(err error) error {
 func (d *daemon) Evidence(ctx context.Context, rd measure.ReportData, c guestapi.Caller) (*measure.Evidence, error) {
 	ctx, cancel := context.WithTimeout(ctx, quoteWait)
 	defer cancel()
-	ev, err := d.attester.Evidence(ctx, rd, strconv.FormatUint(uint64(c.UID), 10)+"/"+strconv.Itoa(int(c.PID)))
+	ev, err := d.attester.Evidence(ctx, rd, c.Account())
 	d.metrics.quoted("local", err)
 	if err != nil {
 		if d.report(err) != nil {

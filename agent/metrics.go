@@ -19,12 +19,12 @@ import (
 type agentMetrics struct {
 	quotes  *status.Counter  // class, result
 	took    status.Histogram // of the host
-	calls   *status.Counter  // socket, method, code
+	calls   *status.Counter  // service or application, method, code
 	foreign atomic.Int64
 }
 
 func newAgentMetrics() *agentMetrics {
-	return &agentMetrics{quotes: status.NewCounter("class", "result"), calls: status.NewCounter("socket", "method", "code")}
+	return &agentMetrics{quotes: status.NewCounter("class", "result"), calls: status.NewCounter("service", "method", "code")}
 }
 
 // timedQuoter measures the host.
@@ -97,11 +97,11 @@ func (d *daemon) exposeQuotes(e *status.Exposition, q *status.Quotes) {
 }
 
 // called counts a call of an application. method is one of the surface's own, or "".
-func (m *agentMetrics) called(socket, method string, code int) {
+func (m *agentMetrics) called(service, method string, code int) {
 	if method == "" {
 		method = "unknown"
 	}
-	m.calls.Inc(socket, method, strconv.Itoa(code))
+	m.calls.Inc(service, method, strconv.Itoa(code))
 }
 
 // channelMetrics are the counters of a process with channels.

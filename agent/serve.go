@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"tdx-agent/agent/guestapi"
 	"tdx-agent/agent/status"
 	"tdx-agent/measure"
 )
@@ -104,23 +103,21 @@ func serveFiles(ctx context.Context, cfg *Config, o serveOptions, dir runtimeDir
 // run serves on the listeners until ctx ends or a server fails.
 func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, stderr io.Writer) error {
 	group, ctx := errgroup.WithContext(ctx)
-	app := guestapi.Grants{Read: true, Quote: true, RawReportData: d.cfg.Compat.RawReportData, Measure: d.cfg.Compat.FullAccess, Keys: d.cfg.Compat.FullAccess}
-	d.access = []status.Access{
-		{Socket: listeners[socketDstack].Addr().String(), Grants: grantNames(app)},
-		{Socket: listeners[socketTappd].Addr().String(), Grants: grantNames(app)},
-		{Socket: listeners[socketAgent].Addr().String(), Grants: []string{"status", "log"}},
-		{Socket: listeners[socketAdmin].Addr().String(), Grants: []string{"emit"}},
+	for _, g := range d.guestSockets(listeners) {
+		d.access = append(d.access, g.access())
+		d.start(ctx, group, d.guestServer(g), g.listener)
 	}
-	for name, surface := range map[string]guestapi.Surface{socketDstack: guestapi.Dstack, socketTappd: guestapi.Tappd} {
-		s := guestapi.NewServer(guestapi.Config{Surface: surface, Grants: app, Guest: d, Keys: d.appKeys, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait,
-			Observe: func(method string, status int) { d.metrics.called(name, method, status) }})
-		d.start(ctx, group, s, listeners[name])
-	}
+	d.access = append(d.access, status.Access{Socket: listeners[socketAgent].Addr().String(), Grants: []string{"status", "log"}},
+		status.Access{Socket: listeners[socketAdmin].Addr().String(), Grants: []string{"emit"}})
 	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])
 	d.start(ctx, group, newHTTPServer(d.adminHandler()), listeners[socketAdmin])
 	if l := listeners[socketChannel]; l != nil {
 		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"channel evidence"}})
 		d.start(ctx, group, newHTTPServer(d.channelHandler()), l)
+	}
+	if l := listeners[socketWorker]; l != nil {
+		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"read", "application key's attestation"}})
+		d.start(ctx, group, d.workerServer(), l)
 	}
 	group.Go(func() error { d.background(ctx); return nil })
 	// A slow host does not count against the agent; a lock of the log or a quote that
@@ -187,17 +184,4 @@ func (d *daemon) statusLine() string {
 	}
 	q := d.attester.Stats()
 	return fmt.Sprintf("RTMR3 ok seq=%d; quotes %d ok, %d failed", len(s.Records), q.OK, q.Failed)
-}
-
-func grantNames(g guestapi.Grants) []string {
-	var names []string
-	for _, n := range []struct {
-		on   bool
-		name string
-	}{{g.Read, "read"}, {g.Quote, "quote"}, {g.RawReportData, "raw report data"}, {g.Keys, "keys"}, {g.Measure, "events"}} {
-		if n.on {
-			names = append(names, n.name)
-		}
-	}
-	return names
 }

@@ -28,7 +28,7 @@ func BenchmarkGetKey(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	s := NewServer(Config{Surface: Dstack, Grants: Grants{Keys: true}, Keys: func(context.Context) (*keys.App, error) { return app, nil }})
+	s := NewServer(Config{Surface: Dstack, Grants: Grants{Keys: AllNames, ReservedKeys: true}, Keys: func(context.Context) (*keys.App, error) { return app, nil }})
 	const body = `{"path":"some/path","purpose":"signing","algorithm":"secp256k1"}`
 	digest := make([]byte, 32)
 	paired(b, func() {

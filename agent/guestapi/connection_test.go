@@ -75,7 +75,9 @@ func TestCallerIsTheConnectingProcess(t *testing.T) {
 	path := serve(t, config(guestapi.Dstack, g))
 	decodeQuote(t, exchange(t, path, get("/GetQuote")))
 	want := guestapi.Caller{PID: int32(os.Getpid()), UID: uint32(os.Getuid()), GID: uint32(os.Getgid()), Known: true}
-	if got := g.lastCaller(); got != want {
+	got := g.lastCaller()
+	want.CgroupID, want.Cgroup, want.Container = got.CgroupID, got.Cgroup, got.Container // the next test's
+	if got != want {
 		t.Errorf("caller is %+v, want %+v", got, want)
 	}
 }

@@ -91,6 +91,9 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 	default:
 		answer = s.call(w, r, name, peer)
 	}
+	if s.cfg.Surface == Worker {
+		w.Header().Set("X-App-Version", "v"+s.cfg.Version+" ("+s.cfg.Revision+")")
+	}
 	answer.write(w)
 	s.observe(name, answer.status)
 	level := levelOf(answer.status)
@@ -131,7 +134,7 @@ func (s *Server) route(u *url.URL) (name string, ok bool) {
 	switch s.cfg.Surface {
 	case Dstack:
 		name, ok = strings.CutPrefix(path, "/")
-	case Tappd:
+	case Tappd, Worker:
 		name, ok = strings.CutPrefix(path, "/prpc/")
 	}
 	if !ok || name == "" || strings.Contains(name, "/") {
@@ -141,16 +144,21 @@ func (s *Server) route(u *url.URL) (name string, ok bool) {
 	if err != nil {
 		return "", false
 	}
-	for s.cfg.Surface == Tappd && strings.HasPrefix(name, "Tappd.") {
-		name = strings.TrimPrefix(name, "Tappd.")
+	if s.cfg.Surface != Dstack {
+		for service := s.cfg.Surface.String() + "."; strings.HasPrefix(name, service); {
+			name = strings.TrimPrefix(name, service)
+		}
 	}
 	return name, true
 }
 
 func (s *Server) notFound() response {
 	form := "/<Method>, as in /GetQuote"
-	if s.cfg.Surface == Tappd {
+	switch s.cfg.Surface {
+	case Tappd:
 		form = "/prpc/<Method>, as in /prpc/TdxQuote"
+	case Worker:
+		form = "/prpc/<Method>, as in /prpc/Info"
 	}
 	o := outcome{status: http.StatusNotFound, exit: exitUsage, text: "no such path: want " + form}
 	return o.answer(encodingJSON)
@@ -195,8 +203,14 @@ func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer 
 
 func (s *Server) run(w http.ResponseWriter, r *http.Request, c *call, peer *peerConn) (message, error) {
 	m, ok := s.methods[c.method]
+	if err := s.limit(c, m.class); err != nil {
+		return nil, err
+	}
+	if err := s.admits(c); err != nil {
+		return nil, err
+	}
 	limit := maxBody
-	if m.large && s.cfg.Grants.Keys {
+	if m.large && s.cfg.Grants.Sign {
 		limit = maxLargeBody
 	}
 	payload, err := s.payload(w, r, limit)

@@ -65,7 +65,8 @@ func (s *slots) free(c Caller) {
 // slot.
 type peerListener struct {
 	net.Listener
-	slots *slots
+	slots    *slots
+	identify *identifier
 }
 
 func (l *peerListener) Accept() (net.Conn, error) {
@@ -74,7 +75,7 @@ func (l *peerListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		caller := callerOf(conn)
+		caller := l.identify.caller(conn)
 		if release, ok := l.slots.take(caller); ok {
 			return &peerConn{Conn: conn, caller: caller, release: release}, nil
 		}
@@ -91,18 +92,6 @@ func turnAway(conn net.Conn) {
 	conn.SetWriteDeadline(time.Now().Add(time.Millisecond))
 	conn.Write([]byte(head + body))
 	conn.Close()
-}
-
-// callerOf asks the kernel who connected.
-func callerOf(conn net.Conn) Caller {
-	var c Caller
-	control(conn, func(fd int) {
-		cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
-		if err == nil && cred.Pid > 0 {
-			c = Caller{PID: cred.Pid, UID: cred.Uid, GID: cred.Gid, Known: true}
-		}
-	})
-	return c
 }
 
 // control runs f on the descriptor of conn, if it has one, and reports whether it did.

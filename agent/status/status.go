@@ -108,4 +108,9 @@ type Quotes = measure.QuoteStats
 type Access struct {
 	Socket string   `json:"socket"`
 	Grants []string `json:"grants"`
+	// Application is who the socket was declared for; "" for the agent's own.
+	Application string `json:"application,omitempty"`
+	// UIDs are the only users that may call, where not everybody may who can open the
+	// socket.
+	UIDs []uint32 `json:"uids,omitempty"`
 }

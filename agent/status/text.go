@@ -49,11 +49,19 @@ func (s *Status) WriteText(w io.Writer) error {
 		s.Peers.write(b)
 	}
 	for _, a := range s.Access {
-		fmt.Fprintf(b, "  socket  %s gives %s\n", a.Socket, strings.Join(a.Grants, ", "))
+		a.writeText(b)
 	}
 	s.writeProblems(b)
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+func (a *Access) writeText(b *strings.Builder) {
+	fmt.Fprintf(b, "  socket  %s gives %s", a.Socket, strings.Join(a.Grants, ", "))
+	if len(a.UIDs) > 0 {
+		fmt.Fprintf(b, "; only to uid %s", strings.Trim(fmt.Sprint(a.UIDs), "[]"))
+	}
+	b.WriteByte('\n')
 }
 
 func short(verdict string) string {
