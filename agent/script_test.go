@@ -67,6 +67,7 @@ func TestScripts(t *testing.T) {
 			"flip":          scriptFlip,
 			"substitute":    scriptSubstitute,
 			"waitfor":       scriptWaitFor,
+			"hold-http":     scriptHoldHTTP,
 			"post-file":     scriptPostFile,
 			"replace-value": scriptReplaceValue,
 			"appkeys":       scriptAppKeys,
@@ -127,6 +128,19 @@ func scriptExits(ts *testscript.TestScript, _ bool, args []string) {
 	if strconv.Itoa(got) != args[0] {
 		ts.Fatalf("exit status is %d, want %s", got, args[0])
 	}
+}
+
+// scriptHoldHTTP opens a connection to an HTTP server on a Unix socket, and keeps it until
+// the session ends.
+func scriptHoldHTTP(ts *testscript.TestScript, _ bool, args []string) {
+	c, err := net.Dial("unix", args[0])
+	ts.Check(err)
+	ts.Defer(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	_, err = io.WriteString(c, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	ts.Check(err)
+	_, err = io.ReadFull(c, make([]byte, 1))
+	ts.Check(err)
 }
 
 // scriptWaitFor waits until a Unix socket, or HOST:PORT, takes connections, at most 20 s.
