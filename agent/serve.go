@@ -113,7 +113,11 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])
 	d.start(ctx, group, newHTTPServer(d.adminHandler()), listeners[socketAdmin])
 	if l := listeners[socketChannel]; l != nil {
-		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"channel evidence"}})
+		grants := []string{"channel evidence"}
+		if d.cfg.RATLS.Endpoint {
+			grants = append(grants, "RA-TLS certificate evidence")
+		}
+		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: grants})
 		d.start(ctx, group, newHTTPServer(d.channelHandler()), l)
 	}
 	if l := listeners[socketWorker]; l != nil {

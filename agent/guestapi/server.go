@@ -39,6 +39,9 @@ type Config struct {
 
 	Limits *Limiter     // of every caller; nil: none
 	Logger *slog.Logger // nil: no log
+	// Observe is told of every call: one of the surface's methods, or "" for another
+	// word, and the HTTP status. Nil: nobody is.
+	Observe func(method string, status int)
 
 	// ReadTimeout bounds the arrival of a request, headers and body; default 10 s.
 	ReadTimeout time.Duration
