@@ -28,6 +28,7 @@ type Config struct {
 	Sockets         SocketsConfig `toml:"sockets"`
 	Compat          CompatConfig  `toml:"compat"`
 	Worker          WorkerConfig  `toml:"worker"`
+	Egress          EgressConfig  `toml:"egress"`
 }
 
 // KernelConfig says where the kernel's interfaces are.
@@ -73,6 +74,7 @@ func newConfig() *Config {
 		Boot:            BootConfig{HostShared: "/dstack/.host-shared", Era: "0.5.11", AgentKey: true, DstackLogs: "/run/log"},
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
+		Egress:          newEgressConfig(),
 	}
 }
 
@@ -131,7 +133,10 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
-	return c.Worker.check()
+	if err := c.Worker.check(); err != nil {
+		return err
+	}
+	return c.Egress.check()
 }
 
 // loosened lists the settings that loosen a default, by name, with their values. They

@@ -23,6 +23,7 @@ const (
 	socketAdmin   = "admin"
 	socketChannel = "channel" // optional: only where the machine has attested channels
 	socketWorker  = "worker"  // optional: only with worker.listen
+	socketEgress  = "egress"  // of tdx-agent egress
 )
 
 // socketModes are the sockets of serve. Containers have arbitrary user ids, so

@@ -391,7 +391,9 @@ func (failing) Attest(context.Context, *atls.Session, bool) (*atls.Statement, er
 }
 
 func TestUnattestedClient(t *testing.T) {
-	p := newPair(t, "", func(_, c *atls.Config, l *atls.ListenerConfig) {
+	var serverVerifier *remote.Verifier
+	p := newPair(t, "allow_unattested_clients = true", func(s, c *atls.Config, l *atls.ListenerConfig) {
+		serverVerifier = s.Verifier
 		c.Attester = nil
 		l.Unattested = []string{"echo"}
 	})
@@ -404,6 +406,16 @@ func TestUnattestedClient(t *testing.T) {
 	if peers := p.listener.Peers(); len(peers) != 1 || peers[0].Attested() || peers[0].Entry() != "" {
 		t.Errorf("the clients are %+v", peers)
 	}
+	// The policy takes it back, for those who are connected too.
+	if n := p.listener.Reappraise(context.Background()); n != 0 {
+		t.Errorf("%d denied under the same policy", n)
+	}
+	deny(t, serverVerifier, p.client, p.client.entry("client", "echo", ""))
+	if n := p.listener.Reappraise(context.Background()); n != 1 {
+		t.Errorf("%d denied, want the unattested client", n)
+	}
+	_, err := p.dial()
+	wantCode(t, err, atls.CodeUnsupported, true)
 }
 
 func TestEmptyExpect(t *testing.T) {

@@ -101,7 +101,11 @@ func (c *Conn) Close() error {
 // is no longer accepted.
 func (c *Conn) reappraise(ctx context.Context) error {
 	if c.peer.evidence == nil {
-		return nil
+		if c.end.cfg.Verifier.Policy().AllowsUnattested(c.service) {
+			return nil
+		}
+		c.Drain()
+		return &unsupportedError{"the service takes no unattested clients any more"}
 	}
 	_, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: c.entries,
 		Channel: &remote.Channel{AgentKey: c.peer.AgentKey, Service: c.service, KeyMode: c.peer.KeyMode}})

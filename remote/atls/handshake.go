@@ -232,7 +232,7 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 	}
 	mode := h.wants(hello.AgentKey, hello.Modes)
 	switch {
-	case !slices.Contains(hello.Attest, attestSelf) && slices.Contains(l.Unattested, hello.Service):
+	case !slices.Contains(hello.Attest, attestSelf) && h.takesUnattested(l, hello.Service):
 		mode = modeNone
 	case !slices.Contains(hello.Attest, attestSelf) || !slices.Contains(hello.Modes, mode):
 		return 0, &unsupportedError{"the client does not attest, and the service takes no unattested clients"}

@@ -205,7 +205,7 @@ func TestUnreadEvidence(t *testing.T) {
 	p := &pair{server: newMachine(t, "server", true), client: newMachine(t, "client", true)}
 	inner := make(pipes)
 	l, err := atls.NewListener(inner, atls.ListenerConfig{MaxQuotes: 1, Services: []string{"echo"}, Unattested: []string{"echo"},
-		Config: atls.Config{Verifier: verifier(t, p.client.entry("client", "echo", ""), p.client), Attester: p.server.attester(t)}})
+		Config: atls.Config{Verifier: verifier(t, p.client.entry("client", "echo", "allow_unattested_clients = true"), p.client), Attester: p.server.attester(t)}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,7 +20,8 @@ type ListenerConfig struct {
 	Config
 	// Services are the names that clients may ask for. None means that nobody gets in.
 	Services []string
-	// Unattested are the services that take clients which prove nothing.
+	// Unattested are the services that take clients which prove nothing, as long as the
+	// policy in force allows it too.
 	Unattested []string
 
 	MaxHandshakes  int // under way at once. Default: 256
@@ -158,6 +160,10 @@ func (l *Listener) done(host string) {
 	if l.pending[host]--; l.pending[host] == 0 {
 		delete(l.pending, host)
 	}
+}
+
+func (e *end) takesUnattested(cfg *ListenerConfig, service string) bool {
+	return slices.Contains(cfg.Unattested, service) && e.cfg.Verifier.Policy().AllowsUnattested(service)
 }
 
 func (l *Listener) handshake(raw net.Conn, host string) {
