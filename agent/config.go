@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/remote/tomlfile"
@@ -29,6 +30,7 @@ type Config struct {
 	Compat          CompatConfig  `toml:"compat"`
 	Worker          WorkerConfig  `toml:"worker"`
 	Egress          EgressConfig  `toml:"egress"`
+	Keys            KeysConfig    `toml:"keys"`
 }
 
 // KernelConfig says where the kernel's interfaces are.
@@ -74,6 +76,7 @@ func newConfig() *Config {
 		Boot:            BootConfig{HostShared: "/dstack/.host-shared", Era: "0.5.11", AgentKey: true, DstackLogs: "/run/log"},
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
+		Keys:            KeysConfig{KMS: KMSConfig{URLs: []string{}, Collateral: []string{}, PCCS: []string{}, Timeout: time.Minute}},
 		Egress:          newEgressConfig(),
 	}
 }
@@ -134,6 +137,9 @@ func (c *Config) check() error {
 		}
 	}
 	if err := c.Worker.check(); err != nil {
+		return err
+	}
+	if err := c.Keys.KMS.check(); err != nil {
 		return err
 	}
 	return c.Egress.check()

@@ -37,7 +37,16 @@ func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener
 		return nil, fmt.Errorf("sockets from systemd: %w", err)
 	}
 	if len(passed) > 0 {
-		return takeListeners(passed, cfg.Worker.Listen)
+		all, err := takeListeners(passed, cfg.Worker.Listen)
+		if err != nil || !filepath.IsAbs(cfg.Worker.Listen) {
+			return all, err
+		}
+		if all[socketWorker], err = listenUnix(cfg.Worker.Listen, socketModes[socketWorker]); err != nil {
+			delete(all, socketWorker)
+			closeAll(all)
+			return nil, err
+		}
+		return all, nil
 	}
 	paths := map[string]string{socketDstack: cfg.Sockets.Dstack, socketTappd: cfg.Sockets.Tappd, socketAgent: dir.agentSocket(), socketAdmin: dir.adminSocket(), socketChannel: dir.channelSocket()}
 	if given {
