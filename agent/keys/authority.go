@@ -118,7 +118,7 @@ type attested struct {
 }
 
 func attestKey(ctx context.Context, key *ecdsa.PublicKey, attest Attest) (*attested, error) {
-	spki, err := x509.MarshalPKIXPublicKey(key)
+	spki, err := p256SPKI(key)
 	if err != nil {
 		return nil, err
 	}
