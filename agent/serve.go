@@ -13,6 +13,7 @@ import (
 	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
+	"tdx-agent/agent/guestapi"
 	"tdx-agent/agent/status"
 	"tdx-agent/measure"
 )
@@ -120,6 +121,7 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 	group.Go(func() error { d.watchdog(ctx); return nil })
 	d.announce(stderr, listeners)
 	err := group.Wait()
+	d.closeAudit()
 	sdnotify.SdNotify(false, sdnotify.SdNotifyStopping)
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		return nil
@@ -153,7 +155,7 @@ func (d *daemon) start(ctx context.Context, group *errgroup.Group, s server, l n
 
 func newHTTPServer(h http.Handler) *http.Server {
 	return &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
-		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
+		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ConnContext: guestapi.ConnContext, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
 }
 
 // announce says that the agent serves: to systemd, and to whoever started it. The

@@ -112,5 +112,6 @@ func (s *Server) limit(c *call, class Class) (err error) {
 		return nil
 	}
 	c.missed, err = s.cfg.Limits.take(c.caller, max(class, ClassRead))
+	c.throttled = err != nil
 	return err
 }

@@ -12,7 +12,9 @@ type call struct {
 	method    string
 	arguments arguments
 	caller    Caller
-	missed    int // calls of this class by this caller that were refused before, see Limiter
+	name      string // the path of a key or the name of an event, once it is known
+	missed    int    // calls of this class by this caller that were refused before, see Limiter
+	throttled bool
 }
 
 // method is one method of a surface.
@@ -199,6 +201,7 @@ func (s *Server) emitEvent(ctx context.Context, c *call) (message, error) {
 	if err := c.arguments.decode(message{{"event", 1, &name}, {"payload", 2, &payload}}); err != nil {
 		return nil, err
 	}
+	c.name = name
 	if err := CheckEvent(name, payload); err != nil {
 		return nil, err
 	}
