@@ -36,7 +36,8 @@ func newAudit(g *globals) *cobra.Command {
 		Short: "Verify the audit record and show it",
 		Long: `Verify that the lines of the audit record follow one another, that the running agent
 knows the last of them, and show them. There is a line for every call that takes a key,
-a quote or an event; what is older than about 8 MB is dropped. The files are in log/ of
+a quote or an event; of those that fail every caller has 200 at once and 10 a second, so
+that a flood does not push out what others did. What is older than about 8 MB is dropped. The files are in log/ of
 the runtime directory and belong to the agent's user. Where no agent answers, the last
 line is compared with nothing: compare the head with what the agent has logged when it
 stopped. Exit status 6 when the record is not what the agent has written.`,
@@ -121,7 +122,7 @@ func writeAuditLine(out io.Writer, e *audit.Entry) {
 		fmt.Fprintf(out, "%6d  %-20s %-10s %-9s %-14s %-22s %s", e.Seq, at, quoted(e.Socket), quoted(e.Result), quoted(e.Method), quoted(e.Name), auditCaller(e.Caller))
 	}
 	if e.Missed > 0 {
-		fmt.Fprintf(out, "; %d calls before it were throttled too", e.Missed)
+		fmt.Fprintf(out, "; %d calls that failed before it have no line", e.Missed)
 	}
 	if e.Lost > 0 {
 		fmt.Fprintf(out, "; %d lines before it could not be written", e.Lost)

@@ -9,6 +9,10 @@ import (
 	"tdx-agent/agent/status"
 )
 
+// refusalLines are how many lines a caller has, in each class, for calls that fail. Such
+// calls cost him nothing, and the record keeps a limited number of lines.
+var refusalLines = guestapi.Rate{PerSecond: 10, Burst: 200}
+
 var errNoAudit = errors.New("the audit record could not be opened when the agent started; its log says why")
 
 // openAudit continues the audit record. Without it the agent starts all the same, and
@@ -20,6 +24,11 @@ func (d *daemon) openAudit() {
 		return
 	}
 	d.audit = l
+	var rates guestapi.Rates
+	for class := range rates {
+		rates[class] = refusalLines
+	}
+	d.refusals = guestapi.NewLimiter(rates)
 	h := l.Head()
 	d.log.Info("audit record", "line", h.Seq, "head", h.Hash)
 	d.reportAudit(l.Head().Problem)
@@ -40,8 +49,15 @@ func (d *daemon) record(socket string, r guestapi.Record) error {
 	if d.audit == nil {
 		return errNoAudit
 	}
+	missed := 0
+	if r.Exit != 0 {
+		var err error
+		if missed, err = d.refusals.Take(r.Caller, r.Class); err != nil {
+			return nil // the next line says that it was there
+		}
+	}
 	e := audit.Entry{Socket: socket, Method: r.Method, Class: r.Class.String(), Name: r.Name, Result: resultOf(r.Exit), Exit: r.Exit,
-		Micros: r.Took.Microseconds(), Missed: r.Missed}
+		Micros: r.Took.Microseconds(), Missed: missed}
 	if c := r.Caller; c.Known {
 		e.Caller = &audit.Caller{UID: c.UID, GID: c.GID, PID: c.PID, Cgroup: c.Cgroup, Container: c.Container}
 	}

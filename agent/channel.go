@@ -30,7 +30,7 @@ func (d *daemon) loadChannelKey() error {
 		return fmt.Errorf("agent key: %w", err)
 	}
 	d.channel, err = atls.NewKey(key, func(ctx context.Context, rd measure.ReportData) (*measure.Evidence, error) {
-		return d.attester.Evidence(ctx, rd, "channel") // one caller among the others: no more than its turn
+		return d.attester.RemoteEvidence(ctx, rd)
 	}, func(ctx context.Context) (measure.Digest, error) {
 		s, err := d.ledger.Snapshot(ctx)
 		return s.Register, err

@@ -27,7 +27,9 @@ type Config struct {
 	Boot            BootConfig    `toml:"boot"`
 	Sockets         SocketsConfig `toml:"sockets"`
 	Compat          CompatConfig  `toml:"compat"`
+	Egress          EgressConfig  `toml:"egress"`
 	Limits          LimitsConfig  `toml:"limits"`
+	Worker          WorkerConfig  `toml:"worker"`
 
 	Applications []ApplicationConfig `toml:"application"`
 }
@@ -76,6 +78,7 @@ func newConfig() *Config {
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
 		Limits:          defaultLimits(),
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
+		Egress:          newEgressConfig(),
 	}
 }
 
@@ -134,11 +137,15 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
-	if err := c.Limits.check(); err != nil {
-		return err
-	}
-	if err := checkApplications(c.Applications); err != nil {
-		return err
+	for _, check := range []func() error{
+		c.Egress.check,
+		c.Limits.check,
+		func() error { return checkApplications(c.Applications) },
+		c.Worker.check,
+	} {
+		if err := check(); err != nil {
+			return err
+		}
 	}
 	if n := len(c.agentConfig()); n > maxAgentConfig {
 		return fmt.Errorf("the settings that loosen defaults take %d bytes, and are measured with every quote: want at most %d; declare less, or with shorter names", n, maxAgentConfig)

@@ -35,7 +35,8 @@ type daemon struct {
 	attester *measure.Attester
 	files    *measure.GuestFiles // nil: no application files
 	keys     *appKeys
-	audit    *audit.Log // nil: it could not be opened
+	audit    *audit.Log        // nil: it could not be opened
+	refusals *guestapi.Limiter // of lines in it
 	access   []status.Access
 	cloud    [2]string // DMI vendor and product
 	channel  *atls.Key // nil: this boot has no agent key

@@ -23,18 +23,25 @@ import (
 type channelFlags struct {
 	verifierFlags
 	keyTTL time.Duration
+	egress bool
 }
 
 func (f *channelFlags) add(cmd *cobra.Command) {
 	f.verifierFlags.add(cmd)
+	cmd.Flags().BoolVar(&f.egress, "egress", false, "dial by way of tdx-agent egress, as a process without a network of its own")
 	cmd.Flags().DurationVar(&f.keyTTL, "key-ttl", 0, "how long a peer may use its measured key instead of a quote, where the policy says require = \"key\"")
 }
 
 // config makes the common part of an end. The policy is required: the built-in one
 // pins no application.
-func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger, isAttested bool) (cfg atls.Config, refresh func(context.Context) error, err error) {
+func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger, isAttested bool) (cfg atls.Config, reload *reloader, err error) {
 	if f.policy == "" {
 		return cfg, nil, exitf(exitUsage, "give --policy: it says which peers are accepted")
+	}
+	if f.egress {
+		if f.dial, err = throughEgress(g.runtimeDir); err != nil {
+			return cfg, nil, err
+		}
 	}
 	v, store, err := f.verifier(ctx, log)
 	if err != nil {
@@ -54,11 +61,11 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 		}
 		cfg.Attester = attester
 	}
-	return cfg, store.Run, nil
+	return cfg, f.reloader(v, store, log), nil
 }
 
 func logHandshake(log *slog.Logger, h atls.Handshake) {
-	args := []any{"remote", h.Remote, "service", h.Service, "ref", h.Ref, "entry", h.Entry, "key_mode", h.KeyMode, "took", h.Duration.Round(time.Microsecond)}
+	args := []any{"remote", h.Remote, "service", h.Service, "ref", h.Ref, "entry", h.Entry, "assurance", h.Assurance, "took", h.Duration.Round(time.Microsecond)}
 	if h.Code == atls.CodeOK {
 		log.Info("channel", args...)
 		return
@@ -75,7 +82,9 @@ func newEndpoint(g *globals) *cobra.Command {
 		Short: "Accept attested channels from peers and connect them with local services",
 		Long: `Accept attested channels (tdx-atls/1) and connect each with the local service that its
 peer asks for, if an entry of the policy accepts the peer for that service. It holds no
-keys: it asks the running agent for evidence, over channel.sock.`,
+keys: it asks the running agent for evidence, over channel.sock.
+SIGHUP reloads the policy, and drains the channels of peers that it denies now; one
+that cannot be read leaves the last one in force.`,
 		Example: "  tdx-agent endpoint --listen :8443 --policy policy.toml --service jobs=127.0.0.1:8080",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -84,7 +93,7 @@ keys: it asks the running agent for evidence, over channel.sock.`,
 				return err
 			}
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
-			cfg, refresh, err := f.config(cmd.Context(), g, log, true)
+			cfg, reload, err := f.config(cmd.Context(), g, log, true)
 			if err != nil {
 				return err
 			}
@@ -110,12 +119,12 @@ keys: it asks the running agent for evidence, over channel.sock.`,
 				inner.Close()
 				return err
 			}
-			log.Info("listening", "address", inner.Addr().String(), "services", lc.Services, "policy", cfg.Verifier.Policy().ID)
 			group, ctx := errgroup.WithContext(cmd.Context())
-			group.Go(func() error { return refresh(ctx) })
+			reload.start(ctx, group, l.Reappraise)
+			log.Info("listening", "address", inner.Addr().String(), "services", lc.Services, "policy", cfg.Verifier.Policy().ID, "generation", cfg.Verifier.Generation())
 			group.Go(func() error {
 				return forward.Inbound(ctx, l, log, func(ctx context.Context, peer *atls.Peer) (net.Conn, error) {
-					return dialAddress(ctx, targets[peer.Service])
+					return dialAddress(ctx, f.dial, targets[peer.Service])
 				})
 			})
 			return endGroup(cmd.Context(), group)
@@ -159,11 +168,15 @@ func listenAddress(ctx context.Context, address string) (net.Listener, error) {
 	return new(net.ListenConfig).Listen(ctx, "tcp", address)
 }
 
-func dialAddress(ctx context.Context, address string) (net.Conn, error) {
+// dialAddress connects to a Unix socket by itself, and to TCP with dial (nil: by itself).
+func dialAddress(ctx context.Context, dial dialFunc, address string) (net.Conn, error) {
 	if path, ok := strings.CutPrefix(address, "unix:"); ok {
 		return new(net.Dialer).DialContext(ctx, "unix", path)
 	}
-	return new(net.Dialer).DialContext(ctx, "tcp", address)
+	if dial == nil {
+		dial = new(net.Dialer).DialContext
+	}
+	return dial(ctx, "tcp", address)
 }
 
 // dialFlags say whom to dial.
@@ -181,16 +194,18 @@ func (f *dialFlags) add(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&f.unattested, "unattested", false, "prove nothing ourselves, as from a machine that is no TD: only for services that allow it")
 }
 
-func (f *dialFlags) dialer(cmd *cobra.Command, g *globals, log *slog.Logger) (*atls.Dialer, func(context.Context) error, error) {
+func (f *dialFlags) dialer(cmd *cobra.Command, g *globals, log *slog.Logger) (*atls.Dialer, *reloader, error) {
 	if f.service == "" || len(f.expect) == 0 {
 		return nil, nil, exitf(exitUsage, "give --service and --expect: the service at the peer, and the policy entry that may accept it")
 	}
-	cfg, refresh, err := f.config(cmd.Context(), g, log, !f.unattested)
+	cfg, reload, err := f.config(cmd.Context(), g, log, !f.unattested)
 	if err != nil {
 		return nil, nil, err
 	}
-	d, err := atls.NewDialer(cfg, func(ctx context.Context, _, address string) (net.Conn, error) { return dialAddress(ctx, address) })
-	return d, refresh, err
+	d, err := atls.NewDialer(cfg, func(ctx context.Context, _, address string) (net.Conn, error) {
+		return dialAddress(ctx, f.dial, address)
+	})
+	return d, reload, err
 }
 
 // channelExit gives a handshake's failure its exit status.
@@ -219,13 +234,17 @@ func newConnect(g *globals) *cobra.Command {
 		Use:   "connect ADDRESS",
 		Short: "Open attested channels to a peer's service, for a local socket or this terminal",
 		Long: `Open an attested channel to a service of the peer at ADDRESS (HOST:PORT or unix:PATH)
-for each connection to a local socket, or with standard input and output.`,
+for each connection to a local socket, or with standard input and output. With --listen,
+SIGHUP reloads the policy as for endpoint.`,
 		Example: `  tdx-agent connect --policy policy.toml --expect worker --service jobs --listen unix:/run/jobs.sock 10.0.0.2:8443
   echo hello | tdx-agent connect --policy policy.toml --expect worker --service echo 10.0.0.2:8443`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			log := warnings(cmd.ErrOrStderr())
-			d, refresh, err := f.dialer(cmd, g, log)
+			if listen != "" {
+				log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
+			}
+			d, reload, err := f.dialer(cmd, g, log)
 			if err != nil {
 				return err
 			}
@@ -246,7 +265,8 @@ for each connection to a local socket, or with standard input and output.`,
 				return err
 			}
 			group, ctx := errgroup.WithContext(cmd.Context())
-			group.Go(func() error { return refresh(ctx) })
+			reload.start(ctx, group, d.Reappraise)
+			log.Info("listening", "address", l.Addr().String(), "peer", args[0], "service", f.service, "expect", f.expect)
 			group.Go(func() error { return forward.Outbound(ctx, l, log, dial) })
 			return endGroup(cmd.Context(), group)
 		},

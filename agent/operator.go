@@ -209,7 +209,19 @@ func reply(w http.ResponseWriter, code int, v any) {
 	w.Write(append(b, '\n'))
 }
 
+// refusalReply is the answer to a request that failed.
+type refusalReply struct {
+	Error string `json:"error"`
+	// RetryAfter is when to try again, where that helps.
+	RetryAfter int64 `json:"retry_after_ms,omitempty"`
+}
+
 func replyError(w http.ResponseWriter, err error) {
 	w.Header().Set(guestapi.ExitHeader, strconv.Itoa(exitCode(err)))
-	reply(w, http.StatusBadRequest, map[string]string{"error": err.Error()})
+	status, answer := http.StatusBadRequest, refusalReply{Error: err.Error()}
+	var busy interface{ RetryAfter() time.Duration }
+	if errors.As(err, &busy) {
+		status, answer.RetryAfter = http.StatusTooManyRequests, max(1, busy.RetryAfter().Milliseconds())
+	}
+	reply(w, status, answer)
 }

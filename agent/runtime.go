@@ -30,6 +30,7 @@ func (d runtimeDir) simulatedCollateral() string {
 func (d runtimeDir) agentSocket() string   { return d.path("agent.sock") }
 func (d runtimeDir) adminSocket() string   { return d.path("admin.sock") }
 func (d runtimeDir) channelSocket() string { return d.path("channel.sock") }
+func (d runtimeDir) egressSocket() string  { return d.path("egress.sock") }
 
 // serverRuntimeDir returns the folder for a process that serves or measures, made
 // where that is its business.

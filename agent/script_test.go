@@ -6,14 +6,18 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -56,8 +60,26 @@ func TestScripts(t *testing.T) {
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
-		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt, "flip": scriptFlip, "substitute": scriptSubstitute, "waitfor": scriptWaitFor, "post-file": scriptPostFile, "replace-value": scriptReplaceValue,
-			"appkeys": scriptAppKeys, "appcert": scriptAppCert, "append": scriptAppend, "cut-lines": scriptCutLines},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"http":          scriptHTTP,
+			"corrupt":       scriptCorrupt,
+			"flip":          scriptFlip,
+			"substitute":    scriptSubstitute,
+			"waitfor":       scriptWaitFor,
+			"post-file":     scriptPostFile,
+			"replace-value": scriptReplaceValue,
+			"appkeys":       scriptAppKeys,
+			"appcert":       scriptAppCert,
+			"exits":         scriptExits,
+			"free-address":  scriptFreeAddress,
+			"webserver":     scriptWebServer,
+			"hangup":        scriptHangup,
+			"waitline":      scriptWaitLine,
+			"sink":          scriptSink,
+			"hold":          scriptHold,
+			"append":        scriptAppend,
+			"cut-lines":     scriptCutLines,
+		},
 	})
 }
 
@@ -92,10 +114,30 @@ func scriptPostFile(ts *testscript.TestScript, neg bool, args []string) {
 	scriptRequest(ts, neg, http.MethodPost, args[0], args[1], string(b))
 }
 
-// scriptWaitFor waits until a Unix socket takes connections, at most 20 s.
+// scriptExits runs a program that must end with this status: exits STATUS PROGRAM ARG....
+func scriptExits(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: exits STATUS PROGRAM ARG...")
+	}
+	got := 0
+	err := ts.Exec(args[1], args[2:]...)
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		got, err = exit.ExitCode(), nil
+	}
+	ts.Check(err)
+	if strconv.Itoa(got) != args[0] {
+		ts.Fatalf("exit status is %d, want %s", got, args[0])
+	}
+}
+
+// scriptWaitFor waits until a Unix socket, or HOST:PORT, takes connections, at most 20 s.
 func scriptWaitFor(ts *testscript.TestScript, _ bool, args []string) {
+	network := "tcp"
+	if strings.HasPrefix(args[0], "/") {
+		network = "unix"
+	}
 	for range 2000 {
-		if c, err := net.Dial("unix", args[0]); err == nil {
+		if c, err := net.Dial(network, args[0]); err == nil {
 			c.Close()
 			return
 		}
@@ -250,4 +292,62 @@ func scriptAppCert(ts *testscript.TestScript, _ bool, args []string) {
 		}
 		return
 	}
+}
+
+// scriptHangup sends SIGHUP to the background commands that have an argument: hangup
+// ARGUMENT.
+func scriptHangup(ts *testscript.TestScript, _ bool, args []string) {
+	found := false
+	for _, cmd := range ts.BackgroundCmds() {
+		if slices.Contains(cmd.Args, args[0]) {
+			ts.Check(cmd.Process.Signal(syscall.SIGHUP))
+			found = true
+		}
+	}
+	if !found {
+		ts.Fatalf("nothing runs with argument %q", args[0])
+	}
+}
+
+// scriptWaitLine waits until a file, such as the log of a background command, has a text
+// so many times, at most 20 s: waitline FILE COUNT TEXT.
+func scriptWaitLine(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 3 {
+		ts.Fatalf("usage: waitline FILE COUNT TEXT")
+	}
+	count, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	var b []byte
+	for range 2000 {
+		if b, err = os.ReadFile(ts.MkAbs(args[0])); err == nil && strings.Count(string(b), args[2]) >= count {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	ts.Fatalf("%s has not %d times %q:\n%s", args[0], count, args[2], b)
+}
+
+// scriptSink listens on a Unix socket, and holds what connects: sink SOCKET.
+func scriptSink(ts *testscript.TestScript, _ bool, args []string) {
+	l, err := net.Listen("unix", args[0])
+	ts.Check(err)
+	done := make(chan struct{})
+	ts.Defer(func() { l.Close(); <-done })
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer c.Close()
+		}
+	}()
+}
+
+// scriptHold connects to a Unix socket and holds the connection: hold SOCKET.
+func scriptHold(ts *testscript.TestScript, _ bool, args []string) {
+	c, err := net.Dial("unix", args[0])
+	ts.Check(err)
+	ts.Defer(func() { c.Close() })
 }

@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"time"
 
-	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"tdx-agent/agent/guestapi"
@@ -117,12 +116,17 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"channel evidence"}})
 		d.start(ctx, group, newHTTPServer(d.channelHandler()), l)
 	}
+	if l := listeners[socketWorker]; l != nil {
+		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"read", "application key's attestation"}})
+		d.start(ctx, group, d.workerServer(), l)
+	}
 	group.Go(func() error { d.background(ctx); return nil })
-	group.Go(func() error { d.watchdog(ctx); return nil })
+	// A slow host does not count against the agent; a lock of the log or a quote that
+	// nobody gives back does.
+	group.Go(func() error { keepNotified(ctx, d.log, d.alive, d.statusLine); return nil })
 	d.announce(stderr, listeners)
 	err := group.Wait()
 	d.closeAudit()
-	sdnotify.SdNotify(false, sdnotify.SdNotifyStopping)
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		return nil
 	}
@@ -158,10 +162,9 @@ func newHTTPServer(h http.Handler) *http.Server {
 		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ConnContext: guestapi.ConnContext, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
 }
 
-// announce says that the agent serves: to systemd, and to whoever started it. The
-// self check came before; a quote does not, since the host may be silent for 31 s.
+// announce tells whoever started the agent that it serves. The self check came before;
+// a quote does not, since the host may be silent for 31 s.
 func (d *daemon) announce(stderr io.Writer, listeners map[string]net.Listener) {
-	sdnotify.SdNotify(false, sdnotify.SdNotifyReady+"\nSTATUS="+d.statusLine())
 	d.log.Info("serving", "version", version(), "simulated", d.backend.simulated, "quotes", d.backend.quoteSource, "registers", d.backend.registerSource,
 		"sockets", sortedNames(listeners), "loosened", d.cfg.switches())
 	if d.backend.simulated {
@@ -183,27 +186,4 @@ func (d *daemon) statusLine() string {
 	}
 	q := d.attester.Stats()
 	return fmt.Sprintf("RTMR3 ok seq=%d; quotes %d ok, %d failed", len(s.Records), q.OK, q.Failed)
-}
-
-// watchdog tells systemd that the log's lock and the quote queue still move. A slow
-// host does not count against the agent; a lock that nobody gives back does.
-func (d *daemon) watchdog(ctx context.Context) {
-	interval, err := sdnotify.SdWatchdogEnabled(false)
-	if err != nil || interval == 0 {
-		return
-	}
-	tick := time.NewTicker(max(interval/3, 100*time.Millisecond))
-	defer tick.Stop()
-	for {
-		if err := d.alive(ctx); err == nil {
-			sdnotify.SdNotify(false, sdnotify.SdNotifyWatchdog+"\nSTATUS="+d.statusLine())
-		} else if ctx.Err() == nil {
-			d.log.Error("watchdog", "error", err)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-	}
 }

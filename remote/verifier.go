@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -38,13 +39,15 @@ type Verifier struct {
 	cfg    Config
 	logs   *logs
 	active atomic.Pointer[active]
+	set    sync.Mutex // held by SetPolicy
 }
 
 // active is a policy with the engine that trusts its roots.
 type active struct {
-	policy *Policy
-	dcap   *dcap.Verifier
-	store  *collateral.Store
+	policy     *Policy
+	dcap       *dcap.Verifier
+	store      *collateral.Store
+	generation uint64
 }
 
 // NewVerifier returns a Verifier.
@@ -75,13 +78,23 @@ func (v *Verifier) SetPolicy(p *Policy, store *collateral.Store) error {
 	if err != nil {
 		return fmt.Errorf("remote: policy %s: %w", p.ID, err)
 	}
-	v.active.Store(&active{policy: p, store: store,
+	v.set.Lock()
+	defer v.set.Unlock()
+	generation := uint64(1)
+	if old := v.active.Load(); old != nil {
+		generation = old.generation + 1
+	}
+	v.active.Store(&active{policy: p, store: store, generation: generation,
 		dcap: dcap.NewVerifier(dcap.Config{Roots: roots, SecondOpinion: !v.cfg.NoSecondOpinion, StaleGrace: store.StaleGrace()})})
 	return nil
 }
 
 // Policy returns the policy in force.
 func (v *Verifier) Policy() *Policy { return v.active.Load().policy }
+
+// Generation counts the policies that have been in force, from 1: what was concluded
+// under another one may no longer hold.
+func (v *Verifier) Generation() uint64 { return v.active.Load().generation }
 
 // Expect is what evidence must fit besides the policy. The zero value expects report
 // data of zeros.

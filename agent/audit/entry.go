@@ -43,8 +43,8 @@ type Entry struct {
 	Result  string `json:"result,omitempty"`
 	Exit    int    `json:"exit,omitempty"` // the program's exit status for the result
 	Micros  int64  `json:"us,omitempty"`   // until there was an answer
-	// Missed is how many calls of the class by the caller were throttled since the last
-	// line about them and have no line of their own.
+	// Missed is how many calls of the class by the caller have failed before and have no
+	// line of their own, since there were too many.
 	Missed int `json:"missed,omitempty"`
 
 	// Of a start: the agent's version, and how many bytes of a line that broke off were

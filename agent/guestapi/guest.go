@@ -58,13 +58,16 @@ func (i *Info) fields() message {
 	}
 }
 
-// Surface is which of dstack's two services a socket speaks.
+// Surface is which of dstack's services a socket speaks.
 type Surface int
 
 // The surfaces. The zero Surface has no methods.
 const (
 	Dstack Surface = iota + 1 // service DstackGuest, at /<Method>
 	Tappd                     // service Tappd, at /prpc/[Tappd.]<Method>
+	// Worker is the external service of the same name, at /prpc/[Worker.]<Method>, for
+	// callers who may be anybody.
+	Worker
 )
 
 // String returns the name of the service in dstack's protocol.
@@ -74,6 +77,8 @@ func (s Surface) String() string {
 		return "DstackGuest"
 	case Tappd:
 		return "Tappd"
+	case Worker:
+		return "Worker"
 	}
 	return "no service"
 }

@@ -13,8 +13,6 @@ type call struct {
 	arguments arguments
 	caller    Caller
 	name      string // the path of a key or the name of an event, once it is known
-	missed    int    // calls of this class by this caller that were refused before, see Limiter
-	throttled bool
 }
 
 // method is one method of a surface.
@@ -53,6 +51,12 @@ func methodsOf(surface Surface) map[string]method {
 			"DeriveKey":     {class: ClassKey, run: (*Server).deriveKey, secret: true},
 			"DeriveK256Key": {class: ClassKey, run: (*Server).deriveK256Key, secret: true},
 		}
+	case Worker:
+		return map[string]method{
+			"Info":                    {class: ClassRead, run: (*Server).info},
+			"Version":                 {class: ClassRead, run: (*Server).version},
+			"GetAttestationForAppKey": {class: ClassQuote, run: (*Server).appKeyAttestation},
+		}
 	}
 	return nil
 }
@@ -62,6 +66,10 @@ func (s *Server) getQuote(ctx context.Context, c *call) (message, error) {
 	if err != nil {
 		return nil, err
 	}
+	return s.quoteMessage(ev, rd)
+}
+
+func (s *Server) quoteMessage(ev *measure.Evidence, rd measure.ReportData) (message, error) {
 	log, err := s.logs.text(ev.Events)
 	if err != nil {
 		return nil, err
@@ -167,6 +175,9 @@ func (s *Server) info(ctx context.Context, c *call) (message, error) {
 	info, err := s.cfg.Guest.Info(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if s.cfg.Surface == Worker && !s.cfg.PublicTCBInfo {
+		info.TCBInfo, info.VMConfig = "", ""
 	}
 	return info.fields(), nil
 }

@@ -15,22 +15,16 @@ type Record struct {
 	// report data and data to sign. nil if they were not read.
 	Arguments []byte
 	Exit      int // exit status of the answer, see [ExitHeader]; 0 is success
-	// Missed is how many calls of the class by the caller were throttled before, without
-	// a Record: of those in a row only the first has one.
-	Missed int
-	Took   time.Duration
+	Took      time.Duration
 }
 
 // record writes the record of a call, and returns the answer that may be given.
 func (s *Server) record(c *call, answer response, took time.Duration) response {
 	class := s.methods[c.method].class
-	if s.cfg.Audit == nil || class <= ClassRead || c.throttled && c.missed > 0 {
+	if s.cfg.Audit == nil || class <= ClassRead {
 		return answer
 	}
 	r := Record{Method: c.method, Class: class, Name: c.name, Caller: c.caller, Arguments: c.arguments.payload, Exit: answer.exit, Took: took}
-	if !c.throttled {
-		r.Missed = max(0, c.missed-1)
-	}
 	if err := s.cfg.Audit(r); err == nil || answer.status != http.StatusOK || !class.secret() {
 		return answer
 	}

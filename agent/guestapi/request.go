@@ -92,14 +92,15 @@ func decodeJSON(body []byte, m message) error {
 
 // checkJSON reports whether body is one JSON value, and if not, guesses why.
 func checkJSON(body []byte) error {
+	if json.Valid(body) {
+		if !utf8.Valid(body) {
+			return badRequest("the body is not valid UTF-8")
+		}
+		return nil
+	}
 	var whole json.RawMessage
 	err := json.Unmarshal(body, &whole)
-	switch {
-	case err == nil && utf8.Valid(body):
-		return nil
-	case err == nil:
-		return badRequest("the body is not valid UTF-8")
-	case !isASCII(body):
+	if !isASCII(body) {
 		return badRequest("the body is not JSON: %v; it has characters beyond ASCII, so check that Content-Length counts bytes and not characters, or write them as \\uXXXX", err)
 	}
 	return badRequest("the body is not JSON: %v", err)

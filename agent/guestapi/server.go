@@ -30,6 +30,10 @@ type Config struct {
 	// for every method that needs them, and its error is the answer.
 	Keys func(ctx context.Context) (*keys.App, error)
 
+	// PublicTCBInfo lets the Worker's Info carry tcb_info and vm_config: the
+	// application's public_tcbinfo. Other surfaces always do.
+	PublicTCBInfo bool
+
 	Version  string // answer to the method Version
 	Revision string // of the source, such as "git:0123456789abcdef0123"; "" is sent as "unknown"
 

@@ -30,6 +30,8 @@ type App struct {
 	provider     measure.KeyProvider
 	kmsSignature []byte // of the KMS root over this application's key; 65 bytes or empty
 	authority    *authority
+	// kms issues the certificates in the authority's place; nil if nobody asks it.
+	kms *KMS
 
 	mu  sync.RWMutex // held for reading while a secret is used
 	key *Secret      // nil once dropped

@@ -70,6 +70,23 @@ func (c *authority) certificate(ctx context.Context, now time.Time, attest Attes
 	return c.cert, c.pem, nil
 }
 
+// certify signs a certificate: PEM, the leaf first, then the authority's.
+func (c *authority) certify(ctx context.Context, key *ecdsa.PrivateKey, r *CertificateRequest, attest Attest) ([]string, error) {
+	parent, parentPEM, err := c.certificate(ctx, r.now(), attest)
+	if err != nil {
+		return nil, err
+	}
+	template := r.template()
+	if template.ExtraExtensions, err = r.extensions(ctx, &key.PublicKey, attest); err != nil {
+		return nil, err
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, c.key)
+	if err != nil {
+		return nil, fmt.Errorf("certificate: %w", err)
+	}
+	return []string{certificatePEM(der), parentPEM}, nil
+}
+
 func (c *authority) selfSign(ctx context.Context, now time.Time, attest Attest) (*x509.Certificate, error) {
 	template := &x509.Certificate{
 		Subject:               pkix.Name{CommonName: "App Root Cert"},

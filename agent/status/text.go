@@ -30,13 +30,17 @@ func (s *Status) WriteText(w io.Writer) error {
 	}
 	s.writeLog(b)
 	q := s.Quotes
-	fmt.Fprintf(b, "  quotes  %d ok, %d failed, %d callers waiting", q.OK, q.Failed, q.Waiting)
+	fmt.Fprintf(b, "  quotes  %d ok, %d failed", q.OK, q.Failed)
+	if !q.LastFailure.IsZero() {
+		fmt.Fprintf(b, " (last %s)", q.LastFailure.Format(time.RFC3339))
+	}
+	fmt.Fprintf(b, ", %d callers waiting", q.Waiting)
 	if !q.LastSuccess.IsZero() {
 		fmt.Fprintf(b, "; last %s took %d ms", q.LastSuccess.Format(time.RFC3339), q.LastMillis)
 	}
 	b.WriteByte('\n')
 	if q.LastError != "" {
-		fmt.Fprintf(b, "  last quote error: %s\n", q.LastError)
+		fmt.Fprintf(b, "  the last quote failed: %s\n", q.LastError)
 	}
 	for _, a := range s.Access {
 		a.writeText(b)

@@ -24,8 +24,9 @@ import (
 
 // Defaults of a [Config].
 const (
-	DefaultMaxSession = time.Hour
-	DefaultDrain      = 10 * time.Minute
+	DefaultMaxSession  = time.Hour
+	DefaultDrain       = 10 * time.Minute
+	DefaultDeniedDrain = 10 * time.Second
 )
 
 // Config is one end's part in channels.
@@ -40,6 +41,10 @@ type Config struct {
 	KeyTTL time.Duration
 	// MaxSession ends a connection, after Drain more to finish in. Zero: the defaults.
 	MaxSession, Drain time.Duration
+	// DeniedDrain is what a peer has to finish in that a new policy denies: an answer
+	// that is being written need not break off, and no policy waits for a peer to end by
+	// itself. Zero: the default.
+	DeniedDrain time.Duration
 	// AllowSelf accepts a peer with our own agent key.
 	AllowSelf bool
 	// Observe is told of every handshake, from its goroutine. May be nil.
@@ -56,6 +61,8 @@ type end struct {
 	leaf    *tls.Certificate
 	renewAt time.Time
 	open    map[*Conn]struct{}
+	// reserved channels are not open yet: their handshakes end.
+	reserved int
 }
 
 // kept is accepted evidence, for key mode.
@@ -78,6 +85,9 @@ func newEnd(cfg Config) (*end, error) {
 	}
 	if cfg.Drain <= 0 {
 		cfg.Drain = DefaultDrain
+	}
+	if cfg.DeniedDrain <= 0 {
+		cfg.DeniedDrain = DefaultDeniedDrain
 	}
 	if cfg.Observe == nil {
 		cfg.Observe = func(Handshake) {}
@@ -164,18 +174,34 @@ func checkTLS(state *tls.ConnectionState, leaf *tls.Certificate) error {
 
 // Peer is who is at the other end, and how we know.
 type Peer struct {
-	Address  string
-	Service  string
-	Ref      string         // the same on both ends
-	Result   *remote.Result // nil: the peer proved nothing
-	KeyMode  bool
-	AgentKey [32]byte  // SHA-256 of the SubjectPublicKeyInfo
-	Opened   time.Time // when the handshake ended
-	Expires  time.Time
+	Address    string
+	Role       Role // the peer's
+	Service    string
+	Ref        string         // the same on both ends
+	Result     *remote.Result // nil: the peer proved nothing
+	KeyMode    bool
+	AgentKey   [32]byte  // SHA-256 of the SubjectPublicKeyInfo
+	VerifiedAt time.Time // when its quote was made for us and accepted; zero: never
+	Opened     time.Time // when the handshake ended
+	Expires    time.Time
 
 	evidence   *measure.Evidence
 	reportData measure.ReportData
 }
+
+// Assurance is "quote" or "key", by how the peer attested, or "none".
+func (p *Peer) Assurance() string {
+	switch {
+	case !p.Attested():
+		return modeNone
+	case p.KeyMode:
+		return modeKey
+	}
+	return modeQuote
+}
+
+// Evidence is what the peer showed, nil if it proved nothing.
+func (p *Peer) Evidence() *measure.Evidence { return p.evidence }
 
 // Attested reports whether the peer was appraised and accepted.
 func (p *Peer) Attested() bool { return p.Result != nil && p.Result.Accepted }
@@ -218,8 +244,9 @@ func (e *end) verify(ctx context.Context, p *Peer, s *Session, st *Statement, an
 	if p.Result, err = e.cfg.Verifier.Appraise(ctx, p.evidence, remote.Expect{ReportData: p.reportData, Entries: entries, Channel: channel}); err != nil {
 		return err
 	}
+	p.VerifiedAt = e.cfg.Now()
 	if e.cfg.KeyTTL > 0 {
-		e.kept.Add(hash, &kept{evidence: p.evidence, reportData: p.reportData, rtmr3: st.RTMR3, verifiedAt: e.cfg.Now()})
+		e.kept.Add(hash, &kept{evidence: p.evidence, reportData: p.reportData, rtmr3: st.RTMR3, verifiedAt: p.VerifiedAt})
 	}
 	return nil
 }
@@ -239,7 +266,7 @@ func (e *end) verifyKept(ctx context.Context, p *Peer, st *Statement, channel *r
 	if subtle.ConstantTimeCompare(k.rtmr3[:], st.RTMR3[:]) != 1 {
 		return &reattestError{"RTMR3 was extended since"}
 	}
-	p.evidence, p.reportData, p.KeyMode = k.evidence, k.reportData, true
+	p.evidence, p.reportData, p.KeyMode, p.VerifiedAt = k.evidence, k.reportData, true, k.verifiedAt
 	p.Result, err = e.cfg.Verifier.Appraise(ctx, k.evidence, remote.Expect{ReportData: k.reportData, Entries: entries, Channel: channel})
 	if rejection, ok := errors.AsType[*remote.Rejection](err); ok {
 		return &reattestError{rejection.Error()}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,7 +20,8 @@ type ListenerConfig struct {
 	Config
 	// Services are the names that clients may ask for. None means that nobody gets in.
 	Services []string
-	// Unattested are the services that take clients which prove nothing.
+	// Unattested are the services that take clients which prove nothing, as long as the
+	// policy in force allows it too.
 	Unattested []string
 
 	MaxHandshakes  int // under way at once. Default: 256
@@ -128,7 +130,7 @@ func (l *Listener) admit(raw net.Conn) (host string, ok bool) {
 			return host, false
 		}
 	}
-	if l.total >= l.cfg.MaxHandshakes || l.end.count() >= l.cfg.MaxConnections {
+	if l.total >= l.cfg.MaxHandshakes || !l.end.hasRoom(l.cfg.MaxConnections) {
 		return host, false
 	}
 	l.pending[host]++
@@ -160,6 +162,10 @@ func (l *Listener) done(host string) {
 	}
 }
 
+func (e *end) takesUnattested(cfg *ListenerConfig, service string) bool {
+	return slices.Contains(cfg.Unattested, service) && e.cfg.Verifier.Policy().AllowsUnattested(service)
+}
+
 func (l *Listener) handshake(raw net.Conn, host string) {
 	c, err := l.handshaken(raw)
 	l.done(host)
@@ -187,6 +193,7 @@ func (l *Listener) handshaken(raw net.Conn) (*Conn, error) {
 	if err == nil {
 		c, err = h.open(ctx, ttl, h.peer.Service, nil)
 	}
+	h.release()
 	if failed := h.finish(err); failed != nil {
 		return nil, failed
 	}
@@ -218,14 +225,8 @@ func (l *Listener) Close() error {
 // Addr is the address of the inner listener.
 func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
 
-// Peers lists the peers of open channels.
-func (l *Listener) Peers() []*Peer {
-	var peers []*Peer
-	for _, c := range l.end.channels() {
-		peers = append(peers, c.peer)
-	}
-	return peers
-}
+// Channels lists the open ones.
+func (l *Listener) Channels() []*Conn { return l.end.channels() }
 
 // Reappraise judges the peers of all open channels by the policy of now, as after a
 // reload, and drains the channels of those that are no longer accepted. It returns how

@@ -28,7 +28,7 @@ const dialTimeout = 5 * time.Second
 // Inbound accepts channels until ctx ends, and connects each with what dial opens for
 // its service. It closes l.
 func Inbound(ctx context.Context, l *atls.Listener, log *slog.Logger, dial func(ctx context.Context, peer *atls.Peer) (net.Conn, error)) error {
-	return each(ctx, l, func(c net.Conn) {
+	return each(ctx, l, maxConnections, func(c net.Conn) {
 		peer, _ := atls.PeerFromConn(c)
 		dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
 		local, err := dial(dialCtx, peer)
@@ -37,20 +37,20 @@ func Inbound(ctx context.Context, l *atls.Listener, log *slog.Logger, dial func(
 			log.Warn("the local service does not answer", "service", peer.Service, "ref", peer.Ref, "error", err)
 			return
 		}
-		join(ctx, c, local)
+		join(ctx, c, local, 0)
 	})
 }
 
 // Outbound accepts local connections until ctx ends, and connects each with a channel
 // of its own that dial opens. It closes l.
 func Outbound(ctx context.Context, l net.Listener, log *slog.Logger, dial func(context.Context) (net.Conn, error)) error {
-	return each(ctx, l, func(local net.Conn) {
+	return each(ctx, l, maxConnections, func(local net.Conn) {
 		c, err := dial(ctx)
 		if err != nil {
 			log.Warn("no channel", "error", err)
 			return
 		}
-		join(ctx, local, c)
+		join(ctx, local, c, 0)
 	})
 }
 
@@ -58,12 +58,12 @@ func Outbound(ctx context.Context, l net.Listener, log *slog.Logger, dial func(c
 // the listener's queue.
 const maxConnections = 1024
 
-// each runs serve for each connection, and closes it after that.
-func each(ctx context.Context, l net.Listener, serve func(net.Conn)) error {
+// each runs serve for each connection, of most at once, and closes it after that.
+func each(ctx context.Context, l net.Listener, most int, serve func(net.Conn)) error {
 	var group sync.WaitGroup
 	defer group.Wait()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
-	slots := make(chan struct{}, maxConnections)
+	slots := make(chan struct{}, most)
 	for {
 		select {
 		case slots <- struct{}{}:
@@ -86,17 +86,18 @@ func each(ctx context.Context, l net.Listener, serve func(net.Conn)) error {
 	}
 }
 
-// join copies both ways until both ends are done, ctx ends, or one way fails. It closes
-// b; a is the caller's.
-func join(ctx context.Context, a, b net.Conn) {
+// join copies both ways until both ends are done, ctx ends, one way fails, or neither way
+// carries anything for about idle (0: for however long). It closes b; a is the caller's.
+func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
 	defer b.Close()
 	var isWhole [2]atomic.Bool // from a to b, from b to a
 	defer context.AfterFunc(ctx, func() { end(a, isWhole[1].Load()); end(b, isWhole[0].Load()) })()
 	var group sync.WaitGroup
+	moved := newMoved()
 	for i, way := range [][2]net.Conn{{a, b}, {b, a}} {
 		group.Go(func() {
 			from, to := way[0], way[1]
-			_, err := io.Copy(to, from)
+			err := moved.copy(i, to, from, idle)
 			isWhole[i].Store(err == nil)
 			if err != nil || !closeWrite(to) {
 				end(to, err == nil)

@@ -35,6 +35,7 @@ const (
 const (
 	maxAttestation = 256 << 10 // bytes; also of a quote and of a plain log
 	maxUnpackedLog = 16 << 10  // bytes of a log that came compressed
+	maxReadable    = 60 << 10  // bytes of all extensions: rustls and mbed TLS take no handshake message above 64 KiB
 	maxEvents      = 512       // of RTMR3, and again as many of the boot
 	maxUsage       = 64        // bytes
 	maxAppInfo     = 4096      // bytes
