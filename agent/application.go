@@ -183,6 +183,11 @@ func (a *ApplicationConfig) loosened(m map[string]any) {
 	}
 }
 
+// givesKeys tells whether any socket gives something of the application's keys.
+func (c *Config) givesKeys() bool {
+	return c.Compat.FullAccess || slices.ContainsFunc(c.Applications, func(a ApplicationConfig) bool { return a.has("key") || a.has("sign") || a.has("cert") })
+}
+
 // tightened returns the applications without what loosened lists.
 func tightened(all []ApplicationConfig) []ApplicationConfig {
 	out := slices.Clone(all)

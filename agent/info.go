@@ -105,7 +105,7 @@ func (d *daemon) status(ctx context.Context) *status.Status {
 		st.Log.Verdict = status.Unread
 	}
 	d.report(err)
-	if d.cfg.Compat.FullAccess && d.keys.absent != nil {
+	if d.cfg.givesKeys() && d.keys.absent != nil {
 		st.Notes = append(st.Notes, d.keys.absent.Error())
 	}
 	d.identity(st, events, s)

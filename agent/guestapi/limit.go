@@ -11,7 +11,8 @@ import (
 )
 
 // maxAccounts bounds the callers whose buckets are kept. Whoever is dropped starts with
-// full ones; it takes root to be so many users in so many control groups.
+// full ones: who may make control groups, as root and a user with a session may, has
+// more than one account anyway.
 const maxAccounts = 1024
 
 // Rate is a token bucket: so many calls a second for ever, Burst of them at once.

@@ -29,7 +29,11 @@ func (c *peerConn) Close() error {
 // ConnContext is for a server of another kind, as its ConnContext: [CallerOf] then knows
 // who is calling.
 func ConnContext(ctx context.Context, conn net.Conn) context.Context {
-	return context.WithValue(ctx, peerKey{}, &peerConn{Conn: conn, caller: newIdentifier().caller(conn)})
+	peer, ok := conn.(*peerConn)
+	if !ok {
+		peer = &peerConn{Conn: conn, caller: newIdentifier().caller(conn)}
+	}
+	return context.WithValue(ctx, peerKey{}, peer)
 }
 
 // CallerOf returns the caller of a request from its context, or an unknown one.
