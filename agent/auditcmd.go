@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,9 +20,10 @@ const auditSchema = "tdx-agent/audit/v1"
 
 // auditReply is log audit's JSON form.
 type auditReply struct {
-	Schema string `json:"schema"`
-	// Verified tells whether the lines follow one another; HeadChecked, whether the
-	// running agent has confirmed the last.
+	Schema    string `json:"schema"`
+	Simulated bool   `json:"simulated"`
+	// Verified tells whether the lines follow one another; HeadChecked, whether they
+	// reach the head that the running agent or the caller knows.
 	Verified    bool          `json:"verified"`
 	HeadChecked bool          `json:"head_checked"`
 	Seq         uint64        `json:"seq"`
@@ -31,31 +33,47 @@ type auditReply struct {
 }
 
 func newAudit(g *globals) *cobra.Command {
+	var head string
 	cmd := &cobra.Command{
-		Use:   "audit",
+		Use:   "audit [DIR]",
 		Short: "Verify the audit record and show it",
 		Long: `Verify that the lines of the audit record follow one another, that the running agent
 knows the last of them, and show them. There is a line for every call that takes a key,
 a quote or an event; of those that fail every caller has 200 at once and 10 a second, so
-that a flood does not push out what others did. What is older than about 8 MB is dropped. The files are in log/ of
-the runtime directory and belong to the agent's user. Where no agent answers, the last
-line is compared with nothing: compare the head with what the agent has logged when it
-stopped. Exit status 6 when the record is not what the agent has written.`,
-		Example: "  tdx-agent log audit\n  tdx-agent log audit --json",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return withAgent(cmd, g, 30*time.Second, func(ctx context.Context, dir runtimeDir) error { return showAudit(ctx, cmd, dir) })
+that a flood does not push out what others did. What is older than about 8 MB is dropped.
+
+The files are in log/ of the runtime directory and belong to the agent's user. With DIR
+they are a copy, and no agent is asked. The chain shows every change but one: that it was
+cut, or written anew as a whole. The agent knows its last line while it runs, and logs its
+hash, the head, when it starts and stops: --head wants a line with such a hash.
+
+Exit status 6 when the record is not what the agent has written.`,
+		Example: "  tdx-agent log audit\n  tdx-agent log audit --json\n  tdx-agent log audit ./copy --head 7079467617c1...",
+		Args:    cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 1 {
+				return showAudit(cmd, args[0], nil, head)
+			}
+			return withAgent(cmd, g, 30*time.Second, func(ctx context.Context, dir runtimeDir) error {
+				// The agent is asked first: the record may grow before it is read, but not shrink.
+				var s status.Status
+				if err := callJSON(ctx, dir.agentSocket(), "/v1/status", &s); err != nil {
+					fmt.Fprintf(cmd.ErrOrStderr(), "the head was compared with nothing: %v\n", err)
+					return showAudit(cmd, dir.log(), nil, head)
+				}
+				return showAudit(cmd, dir.log(), &s.Audit, head)
+			})
 		},
 	}
+	cmd.Flags().StringVar(&head, "head", "", "hash of a line that must be there, from the agent's log or status")
 	jsonFlag(cmd)
 	return cmd
 }
 
-func showAudit(ctx context.Context, cmd *cobra.Command, dir runtimeDir) error {
-	// The agent is asked first: the record may grow before it is read, but not shrink.
-	var s status.Status
-	asked := callJSON(ctx, dir.agentSocket(), "/v1/status", &s)
-	chain, err := audit.Verify(dir.log())
+// showAudit verifies the record in dir, and that it reaches what the agent says, if it
+// could be asked, and the head, if one is given.
+func showAudit(cmd *cobra.Command, dir string, agent *status.Audit, head string) error {
+	chain, err := audit.Verify(dir)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return exitf(exitDenied, "%v: the audit record is for root and the agent's user", err)
@@ -66,13 +84,17 @@ func showAudit(ctx context.Context, cmd *cobra.Command, dir runtimeDir) error {
 	case chain == nil:
 		return err
 	}
-	if asked == nil && err == nil {
-		err = chain.Reaches(s.Audit.Seq, s.Audit.Head)
+	if err == nil && agent != nil {
+		err = chain.Reaches(agent.Seq, agent.Head)
 	}
-	r := auditReply{Schema: auditSchema, Verified: err == nil, HeadChecked: asked == nil && err == nil, Lines: chain.Entries}
+	if err == nil && head != "" {
+		err = chain.Holds(head)
+	}
+	r := auditReply{Schema: auditSchema, Verified: err == nil, HeadChecked: (agent != nil || head != "") && err == nil, Lines: chain.Entries}
 	if r.Seq, r.Head = chain.Head(); r.Lines == nil {
 		r.Lines = []audit.Entry{}
 	}
+	r.Simulated = slices.ContainsFunc(r.Lines, func(e audit.Entry) bool { return e.Simulated })
 	if err != nil {
 		r.Problem = err.Error()
 	}
@@ -81,9 +103,6 @@ func showAudit(ctx context.Context, cmd *cobra.Command, dir runtimeDir) error {
 	}
 	if chain.Torn > 0 {
 		fmt.Fprintf(cmd.ErrOrStderr(), "the last line broke off after %d bytes and does not count\n", chain.Torn)
-	}
-	if asked != nil {
-		fmt.Fprintf(cmd.ErrOrStderr(), "the head was compared with nothing: %v\n", asked)
 	}
 	if err != nil {
 		return withExit(exitEvidence, fmt.Errorf("audit record: %w", err))
@@ -96,6 +115,9 @@ func printAudit(cmd *cobra.Command, r auditReply) error {
 	if wantJSON(cmd) {
 		return json.NewEncoder(out).Encode(r)
 	}
+	if r.Simulated {
+		fmt.Fprintln(out, "*** SIMULATED TD ***")
+	}
 	fmt.Fprintf(out, "%6s  %-20s %-10s %-9s %-14s %-22s %s\n", "NR", "TIME", "SOCKET", "RESULT", "METHOD", "NAME", "CALLER")
 	for i := range r.Lines {
 		writeAuditLine(out, &r.Lines[i])
@@ -105,7 +127,7 @@ func printAudit(cmd *cobra.Command, r auditReply) error {
 	}
 	confirmed := ""
 	if r.HeadChecked {
-		confirmed = ", as the agent says"
+		confirmed = ", as expected"
 	}
 	_, err := fmt.Fprintf(out, "chain intact: line %d has the hash %s%s\n", r.Seq, r.Head, confirmed)
 	return err

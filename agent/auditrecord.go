@@ -18,7 +18,7 @@ var errNoAudit = errors.New("the audit record could not be opened when the agent
 // openAudit continues the audit record. Without it the agent starts all the same, and
 // gives nothing of a key.
 func (d *daemon) openAudit() {
-	l, err := audit.Open(d.dir.log(), audit.Options{Version: version()})
+	l, err := audit.Open(d.dir.log(), audit.Options{Version: version(), Simulated: d.backend.simulated})
 	if err != nil {
 		d.log.Error("no audit record: keys will not be given", "error", err)
 		return

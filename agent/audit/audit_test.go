@@ -165,6 +165,14 @@ func TestRewrittenChain(t *testing.T) {
 	if err := c.Reaches(0, first); err == nil {
 		t.Error("a chain reaches the head of an empty one")
 	}
+	older := c.hashes[0]
+	if err := c.Holds(h.Hash); err == nil || !strings.Contains(err.Error(), "no line has the hash") {
+		t.Errorf("another chain holds the head: %v", err)
+	}
+	call(t, forged, "web/c")
+	if err := c.Holds(older); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestCrashes(t *testing.T) {

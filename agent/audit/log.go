@@ -31,9 +31,10 @@ const (
 
 // Options are how a Log is kept.
 type Options struct {
-	Version  string           // of the agent, for the first line
-	MaxBytes int64            // of one file; 0 means DefaultMaxBytes
-	Now      func() time.Time // nil means time.Now
+	Version   string           // of the agent, for the first line
+	Simulated bool             // whether its TD is
+	MaxBytes  int64            // of one file; 0 means DefaultMaxBytes
+	Now       func() time.Time // nil means time.Now
 }
 
 // Head is the end of the chain.
@@ -81,7 +82,7 @@ func Open(dir string, o Options) (*Log, error) {
 		l.file.Close()
 		return nil, err
 	}
-	l.append(Entry{Kind: KindStart, Version: o.Version, Torn: torn}) // a failure is in Head
+	l.append(Entry{Kind: KindStart, Version: o.Version, Simulated: o.Simulated, Torn: torn}) // a failure is in Head
 	return l, nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 )
 
@@ -59,6 +60,15 @@ func (c *Chain) Reaches(seq uint64, hash string) error {
 		return nil
 	}
 	return &BrokenError{File: fileCurrent, Reason: fmt.Sprintf("the agent says that line %d has the hash %s; the record has %s as line %d: it was replaced or cut", seq, clip(hash), end, last)}
+}
+
+// Holds reports whether some line of the chain has this hash: whether an older head is
+// in it. The error is a [*BrokenError].
+func (c *Chain) Holds(hash string) error {
+	if slices.Contains(c.hashes, hash) {
+		return nil
+	}
+	return &BrokenError{File: fileCurrent, Reason: fmt.Sprintf("no line has the hash %s: it was replaced or cut, or that line is older than the record", clip(hash))}
 }
 
 // Verify reads the record in dir and checks its chain. The agent may be writing it, and
