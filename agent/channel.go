@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
+	"time"
 
+	"tdx-agent/agent/guestapi"
 	"tdx-agent/measure"
 	"tdx-agent/remote/atls"
 )
@@ -75,7 +77,9 @@ func (d *daemon) channelHandler() http.Handler {
 	})
 	d.certificateRoutes(mux)
 	mux.HandleFunc("POST /v1/attest", func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
 		answer, err := d.attestChannel(r)
+		d.recordRequest(r, socketChannel, guestapi.Record{Method: "attest", Class: guestapi.ClassQuote, Took: time.Since(start)}, err)
 		if err != nil {
 			d.report(err)
 			replyError(w, err)
