@@ -119,8 +119,10 @@ be written with one dash, as older tools have them.`,
 			if err != nil {
 				return usageIfUnmodelled(err)
 			}
-			if note != "" {
-				fmt.Fprintln(cmd.ErrOrStderr(), "tdx-agent: "+note)
+			for _, n := range []string{note, unknownMembers(c)} {
+				if n != "" {
+					fmt.Fprintln(cmd.ErrOrStderr(), "tdx-agent: "+n)
+				}
 			}
 			return printMeasured(cmd.OutOrStdout(), r, candidatesOf(img, m.MemoryBytes), events, wantJSON(cmd))
 		},

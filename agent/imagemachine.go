@@ -73,6 +73,16 @@ func (f *machineFlags) machine() (image.Machine, *image.VMConfig, error) {
 	return m, c, usageUnlessCoded(err)
 }
 
+// unknownMembers says which members of a vm_config were not considered, "" if all were:
+// one of a newer dstack may stand for a device that is in the tables.
+func unknownMembers(c *image.VMConfig) string {
+	if c == nil || len(c.UnknownMembers) == 0 {
+		return ""
+	}
+	shown := c.UnknownMembers[:min(len(c.UnknownMembers), 8)]
+	return fmt.Sprintf("vm_config: members that are not known here (%d) were not considered: %.80q", len(c.UnknownMembers), shown)
+}
+
 func readVMConfig(path string) (*image.VMConfig, error) {
 	b, err := readCapped(path, 1<<20)
 	if err != nil {
