@@ -155,6 +155,9 @@ type measuredReply struct {
 	OSImageHash string          `json:"os_image_hash,omitempty"`
 	Profile     measuredProfile `json:"profile"`
 
+	// Assumed is what was taken for granted.
+	Assumed []string `json:"assumed,omitempty"`
+
 	// Candidates are the values under other choices of page order and kernel mode: a
 	// help to see which one a host has made, not values to accept.
 	Candidates []measuredCandidate `json:"candidates"`
@@ -209,7 +212,7 @@ func printMeasured(out io.Writer, r *image.Result, candidates []measuredCandidat
 	system := fmt.Sprintf("%x", r.MRSystem(nil))
 	reply := measuredReply{
 		Schema: "tdx-agent/image-measure/v1", MRTD: r.MRTD.String(), RTMR0: r.RTMR[0].String(), RTMR1: r.RTMR[1].String(), RTMR2: r.RTMR[2].String(),
-		MREnclave: system, MRSystem: system, MRImage: fmt.Sprintf("%x", r.MRImage()), OSImageHash: hex.EncodeToString(r.OSImageHash), Candidates: candidates,
+		MREnclave: system, MRSystem: system, MRImage: fmt.Sprintf("%x", r.MRImage()), OSImageHash: hex.EncodeToString(r.OSImageHash), Candidates: candidates, Assumed: r.Assumed,
 		Profile: measuredProfile{r.QEMU, r.Proven, r.PageOrder.String(), r.PIC, r.Kernel.String(), string(r.Firmware), r.Root.String(),
 			r.PageOrder.Proven(), r.Kernel.Proven(), r.Firmware.Proven()},
 	}
@@ -233,6 +236,9 @@ func printMeasured(out io.Writer, r *image.Result, candidates []measuredCandidat
 	fmt.Fprintf(out, "%-14s QEMU %s, %s, pic %v, kernel %s, firmware %s, root %s\n", "profile", p.QEMU, p.PageOrder, p.PIC, p.Kernel, p.Firmware, p.Root)
 	for _, v := range [][2]string{{"QEMU " + p.QEMU, p.Proven}, {p.PageOrder, p.PageOrderProven}, {"kernel " + p.Kernel, p.KernelProven}, {"firmware " + p.Firmware, p.FirmwareProven}} {
 		fmt.Fprintf(out, "%-14s %s: %s\n", "proven", v[0], v[1])
+	}
+	for _, a := range reply.Assumed {
+		fmt.Fprintf(out, "%-14s %s\n", "assumed", quoted(a))
 	}
 	for _, c := range reply.Candidates {
 		if c.Value != reply.MRTD && c.Value != reply.RTMR1 {
