@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"tdx-agent/agent/guestapi"
 	"tdx-agent/agent/status"
 	"tdx-agent/measure"
 )
@@ -159,9 +160,22 @@ func (d *daemon) start(ctx context.Context, group *errgroup.Group, s server, l n
 	})
 }
 
-func newHTTPServer(h http.Handler) *http.Server {
-	return &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
-		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
+// The bounds of what is open at once on a socket that is not dstack's.
+const (
+	maxConns       = 128
+	maxConnsPerUID = 64
+)
+
+// boundServer is an HTTP server that turns away connections beyond its bounds.
+type boundServer struct{ *http.Server }
+
+func (s boundServer) Serve(l net.Listener) error {
+	return s.Server.Serve(guestapi.LimitListener(l, maxConns, maxConnsPerUID))
+}
+
+func newHTTPServer(h http.Handler) boundServer {
+	return boundServer{&http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}}
 }
 
 // announce tells whoever started the agent that it serves. The self check came before;

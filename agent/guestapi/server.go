@@ -80,7 +80,7 @@ func (c *Config) setDefaults() {
 type Server struct {
 	cfg      Config
 	methods  map[string]method
-	slots    slots
+	slots    *slots
 	identify *identifier
 	logs     lastLog
 	http     http.Server
@@ -89,8 +89,7 @@ type Server struct {
 // NewServer returns a Server that is ready to [Server.Serve].
 func NewServer(cfg Config) *Server {
 	cfg.setDefaults()
-	s := &Server{cfg: cfg, methods: methodsOf(cfg.Surface), identify: newIdentifier()}
-	s.slots = slots{total: cfg.MaxConns, perUID: cfg.MaxConnsPerUID, byUID: make(map[uint32]int)}
+	s := &Server{cfg: cfg, methods: methodsOf(cfg.Surface), identify: newIdentifier(), slots: newSlots(cfg.MaxConns, cfg.MaxConnsPerUID)}
 	s.http = http.Server{
 		Handler:           http.HandlerFunc(s.handle),
 		ReadHeaderTimeout: cfg.ReadTimeout,
@@ -110,7 +109,7 @@ func NewServer(cfg Config) *Server {
 // Serve answers the connections of ln until [Server.Shutdown], then returns nil. It
 // closes ln.
 func (s *Server) Serve(ln net.Listener) error {
-	err := s.http.Serve(&peerListener{Listener: ln, slots: &s.slots, identify: s.identify})
+	err := s.http.Serve(newPeerListener(ln, s.slots, s.identify))
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}
