@@ -25,6 +25,9 @@ type channelFlags struct {
 	keyTTL time.Duration
 	egress bool
 	ratls  bool
+	// peersSocket is where to say what is known of channels; see peerReport.start.
+	peersSocket string
+	report      *peerReport
 }
 
 func (f *channelFlags) add(cmd *cobra.Command) {
@@ -32,6 +35,10 @@ func (f *channelFlags) add(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&f.egress, "egress", false, "dial by way of tdx-agent egress, as a process without a network of its own")
 	cmd.Flags().BoolVar(&f.ratls, "ratls", false, ratlsUsage)
 	cmd.Flags().DurationVar(&f.keyTTL, "key-ttl", 0, "how long a peer may use its measured key instead of a quote, where the policy says require = \"key\"")
+}
+
+func (f *channelFlags) addPeersSocket(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.peersSocket, "peers-socket", "", "socket to say on what is known of channels, for tdx-agent peers and status, and /metrics (default one in the runtime directory; none: no socket)")
 }
 
 // config makes the common part of an end. The policy is required: the built-in one
@@ -49,7 +56,11 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 	if err != nil {
 		return cfg, nil, err
 	}
-	cfg = atls.Config{Verifier: v, KeyTTL: f.keyTTL, Observe: func(h atls.Handshake) { logHandshake(log, h) }}
+	f.report = newPeerReport()
+	cfg = atls.Config{Verifier: v, KeyTTL: f.keyTTL, Observe: func(h atls.Handshake) {
+		logHandshake(log, h)
+		f.report.observe(h)
+	}}
 	reload = f.reloader(v, store, log)
 	if f.ratls {
 		cfg.RATLS, reload.renewer, err = ratlsEnd(ctx, g, log, isAttested)
@@ -128,6 +139,10 @@ that cannot be read leaves the last one in force.`,
 			}
 			group, ctx := errgroup.WithContext(cmd.Context())
 			reload.start(ctx, group, l.Reappraise)
+			if err := f.report.start(ctx, group, g, log, "endpoint", f.peersSocket, cfg.Verifier, l.Channels); err != nil {
+				l.Close()
+				return err
+			}
 			log.Info("listening", "address", inner.Addr().String(), "services", lc.Services, "policy", cfg.Verifier.Policy().ID, "generation", cfg.Verifier.Generation())
 			group.Go(func() error {
 				return forward.Inbound(ctx, l, log, func(ctx context.Context, peer *atls.Peer) (net.Conn, error) {
@@ -138,6 +153,7 @@ that cannot be read leaves the last one in force.`,
 		},
 	}
 	f.add(cmd)
+	f.addPeersSocket(cmd)
 	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:8443", "address to listen on, or unix:PATH")
 	cmd.Flags().StringArrayVar(&services, "service", nil, "NAME=ADDRESS: a service that peers may ask for, and where it listens (HOST:PORT or unix:PATH)")
 	cmd.Flags().StringArrayVar(&unattested, "allow-unattested-clients", nil, "name of a service that takes clients which prove nothing; the policy must allow it too")
@@ -277,12 +293,17 @@ SIGHUP reloads the policy as for endpoint.`,
 			}
 			group, ctx := errgroup.WithContext(cmd.Context())
 			reload.start(ctx, group, d.Reappraise)
+			if err := f.report.start(ctx, group, g, log, "connect", f.peersSocket, reload.verifier, d.Channels); err != nil {
+				l.Close()
+				return err
+			}
 			log.Info("listening", "address", l.Addr().String(), "peer", args[0], "service", f.service, "expect", f.expect)
 			group.Go(func() error { return forward.Outbound(ctx, l, log, dial) })
 			return endGroup(cmd.Context(), group)
 		},
 	}
 	f.add(cmd)
+	f.addPeersSocket(cmd)
 	cmd.Flags().StringVar(&listen, "listen", "", "local socket to serve: unix:PATH, or HOST:PORT, which every container with the host's network can reach")
 	return cmd
 }

@@ -125,11 +125,13 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 		d.start(ctx, group, d.workerServer(), l)
 	}
 	group.Go(func() error { d.background(ctx); return nil })
+	group.Go(func() error { d.keepKeys(ctx); return nil })
 	// A slow host does not count against the agent; a lock of the log or a quote that
 	// nobody gives back does.
 	group.Go(func() error { keepNotified(ctx, d.log, d.alive, d.statusLine); return nil })
 	d.announce(stderr, listeners)
 	err := group.Wait()
+	d.closeAudit()
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		return nil
 	}
@@ -175,7 +177,7 @@ func (s boundServer) Serve(l net.Listener) error {
 
 func newHTTPServer(h http.Handler) boundServer {
 	return boundServer{&http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
-		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}}
+		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ConnContext: guestapi.ConnContext, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}}
 }
 
 // announce tells whoever started the agent that it serves. The self check came before;

@@ -91,6 +91,9 @@ func (v *Verifier) SetPolicy(p *Policy, store *collateral.Store) error {
 	return nil
 }
 
+// Collateral returns the store in use.
+func (v *Verifier) Collateral() *collateral.Store { return v.active.Load().store }
+
 // Policy returns the policy in force.
 func (v *Verifier) Policy() *Policy { return v.active.Load().policy }
 

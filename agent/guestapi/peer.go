@@ -27,6 +27,24 @@ func (c *peerConn) Close() error {
 	return c.Conn.Close()
 }
 
+// ConnContext is for a server of another kind, as its ConnContext: [CallerOf] then knows
+// who is calling.
+func ConnContext(ctx context.Context, conn net.Conn) context.Context {
+	peer, ok := conn.(*peerConn)
+	if !ok {
+		peer = &peerConn{Conn: conn, caller: newIdentifier().caller(conn)}
+	}
+	return context.WithValue(ctx, peerKey{}, peer)
+}
+
+// CallerOf returns the caller of a request from its context, or an unknown one.
+func CallerOf(ctx context.Context) Caller {
+	if peer, _ := ctx.Value(peerKey{}).(*peerConn); peer != nil {
+		return peer.caller
+	}
+	return Caller{}
+}
+
 // slots counts the open connections of one server.
 type slots struct {
 	total, perUID int

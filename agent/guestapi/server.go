@@ -37,8 +37,14 @@ type Config struct {
 	Version  string // answer to the method Version
 	Revision string // of the source, such as "git:0123456789abcdef0123"; "" is sent as "unknown"
 
-	Limits *Limiter     // of every caller; nil: none
+	Limits *Limiter // of every caller; nil: none
+	// Audit records a call before it is answered; nil: no record. A call that gives
+	// something of a key is not answered unless its record could be written.
+	Audit  func(Record) error
 	Logger *slog.Logger // nil: no log
+	// Observe is told of every call: one of the surface's methods, or "" for another
+	// word, and the HTTP status. Nil: nobody is.
+	Observe func(method string, status int)
 
 	// ReadTimeout bounds the arrival of a request, headers and body; default 10 s.
 	ReadTimeout time.Duration

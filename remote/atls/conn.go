@@ -168,7 +168,7 @@ func (c *Conn) reappraise(ctx context.Context) error {
 		if c.end.cfg.Verifier.Policy().AllowsUnattested(c.service) {
 			return nil
 		}
-		c.Drain()
+		c.drainFor(min(c.end.cfg.DeniedDrain, c.end.cfg.Drain))
 		return &unsupportedError{"the service takes no unattested clients any more"}
 	}
 	_, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: c.entries,
