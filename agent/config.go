@@ -22,12 +22,16 @@ const (
 // Config is agent.toml. agent.toml.example documents every key; a test holds the
 // two together.
 type Config struct {
-	OnForeignExtend string        `toml:"on_foreign_extend"` // "refuse" or "serve"
-	Kernel          KernelConfig  `toml:"kernel"`
-	Boot            BootConfig    `toml:"boot"`
-	Sockets         SocketsConfig `toml:"sockets"`
-	Compat          CompatConfig  `toml:"compat"`
-	Egress          EgressConfig  `toml:"egress"`
+	OnForeignExtend string         `toml:"on_foreign_extend"` // "refuse" or "serve"
+	Kernel          KernelConfig   `toml:"kernel"`
+	Boot            BootConfig     `toml:"boot"`
+	Sockets         SocketsConfig  `toml:"sockets"`
+	Compat          CompatConfig   `toml:"compat"`
+	Egress          EgressConfig   `toml:"egress"`
+	Endpoint        EndpointConfig `toml:"endpoint"`
+
+	Services []ServiceConfig `toml:"service"`
+	Connects []ConnectConfig `toml:"connect"`
 }
 
 // KernelConfig says where the kernel's interfaces are.
@@ -74,6 +78,7 @@ func newConfig() *Config {
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
 		Egress:          newEgressConfig(),
+		Endpoint:        newEndpointConfig(),
 	}
 }
 
@@ -132,7 +137,10 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
-	return c.Egress.check()
+	if err := c.Egress.check(); err != nil {
+		return err
+	}
+	return c.checkChannels()
 }
 
 // loosened lists the settings that loosen a default, by name, with their values. They
@@ -148,6 +156,7 @@ func (c *Config) loosened() map[string]any {
 	if c.Compat.FullAccess {
 		m["compat.full_access"] = true
 	}
+	c.loosenedServices(m)
 	return m
 }
 
@@ -157,6 +166,7 @@ func (c *Config) tighten() {
 	c.OnForeignExtend = def.OnForeignExtend
 	c.Kernel.AllowEnvOverrides = def.Kernel.AllowEnvOverrides
 	c.Compat.FullAccess = def.Compat.FullAccess
+	c.Services = tightServices(c.Services)
 }
 
 // agentConfig is the payload of event agent-config: the loosened settings as JSON

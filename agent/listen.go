@@ -17,12 +17,13 @@ import (
 
 // The sockets by the names systemd passes them under (FileDescriptorName=).
 const (
-	socketDstack  = "dstack"
-	socketTappd   = "tappd"
-	socketAgent   = "agent"
-	socketAdmin   = "admin"
-	socketChannel = "channel" // optional: only where the machine has attested channels
-	socketEgress  = "egress"  // of tdx-agent egress
+	socketDstack   = "dstack"
+	socketTappd    = "tappd"
+	socketAgent    = "agent"
+	socketAdmin    = "admin"
+	socketChannel  = "channel"  // optional: only where the machine has attested channels
+	socketEgress   = "egress"   // of tdx-agent egress
+	socketEndpoint = "endpoint" // of tdx-agent endpoint
 )
 
 // socketModes are the sockets of serve. Containers have arbitrary user ids, so
