@@ -56,11 +56,12 @@ type channelReply struct {
 	VMConfig  string          `json:"vm_config,omitempty"`
 }
 
-// channelKeyReply is the hash of the agent key, and what is loosened by a configuration
-// that this boot has measured.
+// channelKeyReply is the hash of the agent key, whether the TD is a simulated one, and what
+// is loosened by a configuration that this boot has measured.
 type channelKeyReply struct {
-	AgentKey []byte         `json:"agent_key_sha256"`
-	Loosened map[string]any `json:"loosened,omitempty"`
+	AgentKey  []byte         `json:"agent_key_sha256"`
+	Simulated bool           `json:"simulated"`
+	Loosened  map[string]any `json:"loosened,omitempty"`
 }
 
 func (d *daemon) channelHandler() http.Handler {
@@ -71,7 +72,7 @@ func (d *daemon) channelHandler() http.Handler {
 			return
 		}
 		hash := d.channel.AgentKey()
-		reply(w, http.StatusOK, channelKeyReply{hash[:], d.cfg.loosened()})
+		reply(w, http.StatusOK, channelKeyReply{hash[:], d.backend.simulated, d.cfg.loosened()})
 	})
 	mux.HandleFunc("POST /v1/attest", func(w http.ResponseWriter, r *http.Request) {
 		answer, err := d.attestChannel(r)
@@ -143,6 +144,7 @@ func (req *channelRequest) session() (*atls.Session, error) {
 type channelAttester struct {
 	socket   string
 	key      [32]byte
+	isReal   bool
 	loosened map[string]any
 }
 
@@ -154,7 +156,7 @@ func newChannelAttester(ctx context.Context, dir runtimeDir) (*channelAttester, 
 	if len(answer.AgentKey) != 32 {
 		return nil, fmt.Errorf("the agent's key has a hash of %d bytes, want 32", len(answer.AgentKey))
 	}
-	return &channelAttester{dir.channelSocket(), [32]byte(answer.AgentKey), answer.Loosened}, nil
+	return &channelAttester{dir.channelSocket(), [32]byte(answer.AgentKey), !answer.Simulated, answer.Loosened}, nil
 }
 
 // AgentKey implements atls.Attester.

@@ -65,25 +65,30 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 			return cfg, nil, err
 		}
 	}
+	if isAttested {
+		attester, err := f.attester(ctx, g)
+		if err != nil {
+			return cfg, nil, err
+		}
+		cfg.Attester, f.isReal = attester, attester.isReal
+	}
 	v, store, err := f.verifier(ctx, log)
 	if err != nil {
 		return cfg, nil, err
 	}
-	cfg = atls.Config{Verifier: v, KeyTTL: f.keyTTL, Observe: func(h atls.Handshake) { logHandshake(log, h) }}
-	if isAttested {
-		dir, err := clientRuntimeDir(g.runtimeDir)
-		if err != nil {
-			return cfg, nil, err
-		}
-		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		defer cancel()
-		attester, err := newChannelAttester(ctx, dir)
-		if err != nil {
-			return cfg, nil, err
-		}
-		cfg.Attester = attester
-	}
+	cfg.Verifier, cfg.KeyTTL, cfg.Observe = v, f.keyTTL, func(h atls.Handshake) { logHandshake(log, h) }
 	return cfg, f.reloader(v, store, log), nil
+}
+
+// attester asks the agent of this TD for evidence.
+func (f *channelFlags) attester(ctx context.Context, g *globals) (*channelAttester, error) {
+	dir, err := clientRuntimeDir(g.runtimeDir)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return newChannelAttester(ctx, dir)
 }
 
 func logHandshake(log *slog.Logger, h atls.Handshake) {
