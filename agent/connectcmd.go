@@ -42,7 +42,10 @@ func (f *dialFlags) dialer(cmd *cobra.Command, g *globals, log *slog.Logger) (*a
 // accept nobody.
 func (f *dialFlags) dialerTo(cmd *cobra.Command, g *globals, log *slog.Logger, all []outbound) (*atls.Dialer, *reloader, error) {
 	for _, o := range all {
-		if o.service == "" || len(o.expect) == 0 {
+		if f.ratls && o.service != "" {
+			return nil, nil, exitf(exitUsage, "--service does not go with --ratls: RA-TLS names no service")
+		}
+		if o.service == "" && !f.ratls || len(o.expect) == 0 {
 			return nil, nil, exitf(exitUsage, "give --service and --expect: the service at the peer, and the policy entry that may accept it")
 		}
 	}
@@ -112,22 +115,24 @@ tdx-agent egress. Where it serves local sockets, SIGHUP reloads the policy as fo
 		},
 	}
 	f.add(cmd)
+	f.addPeersSocket(cmd)
 	cmd.Flags().StringVar(&listen, "listen", "", "local socket to serve: unix:PATH, or HOST:PORT, which every container with the host's network can reach")
 	return cmd
 }
 
 // connectOnce opens one channel for standard input and output.
 func (f *dialFlags) connectOnce(cmd *cobra.Command, g *globals, address string) error {
-	d, _, err := f.dialer(cmd, g, warnings(cmd.ErrOrStderr()))
+	d, reload, err := f.dialer(cmd, g, warnings(cmd.ErrOrStderr()))
 	if err != nil {
 		return err
 	}
+	defer reload.once(cmd.Context())()
 	c, err := d.DialContext(cmd.Context(), "tcp", address, f.service, f.expect)
 	if err != nil {
 		return channelExit(err)
 	}
 	peer, _ := atls.PeerFromConn(c)
-	fmt.Fprintf(cmd.ErrOrStderr(), "%sconnected to %q, ref %s\n", banner(peer.Result.IsSimulated()), peer.Entry(), peer.Ref)
+	fmt.Fprintf(cmd.ErrOrStderr(), "%sconnected to %q, assurance %s%s\n", banner(peer.Result.IsSimulated()), peer.Entry(), peer.Assurance(), refText(peer.Ref))
 	return forward.Pipe(cmd.Context(), c, cmd.InOrStdin(), cmd.OutOrStdout())
 }
 
@@ -186,6 +191,9 @@ func (f *dialFlags) serve(cmd *cobra.Command, g *globals, all []outbound) error 
 	}
 	group, ctx := errgroup.WithContext(cmd.Context())
 	reload.start(ctx, group, d.Reappraise)
+	if err := f.report.start(ctx, group, g, log, "connect", f.peersSocket, reload.verifier, d.Channels); err != nil {
+		return err
+	}
 	for _, o := range all {
 		log.Info("listening", "address", o.listener.Addr().String(), "peer", o.address, "service", o.service, "expect", o.expect)
 		group.Go(func() error {
@@ -201,18 +209,29 @@ func (f *dialFlags) serve(cmd *cobra.Command, g *globals, all []outbound) error 
 	return endGroup(cmd.Context(), group)
 }
 
+func refText(ref string) string {
+	if ref == "" {
+		return "" // RA-TLS has none
+	}
+	return ", ref " + ref
+}
+
 func newFetch(g *globals) *cobra.Command {
 	var f dialFlags
 	cmd := &cobra.Command{
-		Use:     "fetch URL",
-		Short:   "Get an http URL over an attested channel",
-		Example: "  tdx-agent fetch --policy policy.toml --expect worker --service web http://10.0.0.2:8443/status",
-		Args:    cobra.ExactArgs(1),
+		Use:   "fetch URL",
+		Short: "Get an http URL over an attested channel, or an https URL of a dstack peer",
+		Example: `  tdx-agent fetch --policy policy.toml --expect worker --service web http://10.0.0.2:8443/status
+  tdx-agent fetch --ratls --policy policy.toml --expect gateway https://10.0.0.3:8000/status`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if !strings.HasPrefix(args[0], "http://") {
+			switch {
+			case f.ratls && !strings.HasPrefix(args[0], "https://"):
+				return exitf(exitUsage, "URL is %q, want https://HOST:PORT/PATH with --ratls", args[0])
+			case !f.ratls && !strings.HasPrefix(args[0], "http://"):
 				return exitf(exitUsage, "URL is %q, want http://HOST:PORT/PATH: the attested channel is below HTTP", args[0])
 			}
-			d, _, err := f.dialer(cmd, g, warnings(cmd.ErrOrStderr()))
+			d, reload, err := f.dialer(cmd, g, warnings(cmd.ErrOrStderr()))
 			if err != nil {
 				return err
 			}
@@ -224,6 +243,10 @@ func newFetch(g *globals) *cobra.Command {
 			}
 			transport := atls.NewTransport(d, f.service, f.expect)
 			defer transport.CloseIdleConnections()
+			defer reload.once(ctx)()
+			if f.ratls {
+				transport.DialTLSContext = transport.DialContext // the connection has its TLS
+			}
 			resp, err := transport.RoundTrip(req) // no redirect: another host may be another service
 			if err != nil {
 				return channelExit(err)

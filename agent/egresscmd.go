@@ -46,13 +46,13 @@ func (c *Config) destinations() (all []forward.Destination) {
 	for i := range c.Connects {
 		list = append(list, c.Connects[i].Address)
 	}
-	for _, base := range c.Endpoint.PCCS {
-		list = append(list, hostOf(base))
+	urls := slices.Concat(c.Endpoint.PCCS, c.Keys.KMS.URLs, c.Keys.KMS.PCCS)
+	e, kms := &c.Endpoint, &c.Keys.KMS
+	if e.Policy != "" && len(e.PCCS)+len(e.Collateral) == 0 || kms.Policy != "" && len(kms.PCCS)+len(kms.Collateral) == 0 {
+		urls = append(urls, collateral.IntelURLs()...)
 	}
-	if e := &c.Endpoint; e.Policy != "" && len(e.PCCS)+len(e.Collateral) == 0 {
-		for _, base := range collateral.IntelURLs() {
-			list = append(list, hostOf(base))
-		}
+	for _, base := range urls {
+		list = append(list, hostOf(base))
 	}
 	seen := map[forward.Destination]bool{}
 	for _, s := range list {

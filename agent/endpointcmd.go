@@ -23,12 +23,21 @@ type channelFlags struct {
 	verifierFlags
 	keyTTL time.Duration
 	egress bool
+	ratls  bool
+	// peersSocket is where to say what is known of channels; see peerReport.start.
+	peersSocket string
+	report      *peerReport
 }
 
 func (f *channelFlags) add(cmd *cobra.Command) {
 	f.verifierFlags.add(cmd)
 	cmd.Flags().BoolVar(&f.egress, "egress", false, "dial by way of tdx-agent egress, as a process without a network of its own")
+	cmd.Flags().BoolVar(&f.ratls, "ratls", false, ratlsUsage)
 	cmd.Flags().DurationVar(&f.keyTTL, "key-ttl", 0, "how long a peer may use its measured key instead of a quote, where the policy says require = \"key\"")
+}
+
+func (f *channelFlags) addPeersSocket(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.peersSocket, "peers-socket", "", "socket to say on what is known of channels, for tdx-agent peers and status, and /metrics (default one in the runtime directory; none: no socket)")
 }
 
 // fromConfig fills in what no flag says. A process that is set up by agent.toml has no
@@ -65,7 +74,7 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 			return cfg, nil, err
 		}
 	}
-	if isAttested {
+	if isAttested && !f.ratls {
 		attester, err := f.attester(ctx, g)
 		if err != nil {
 			return cfg, nil, err
@@ -76,8 +85,16 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 	if err != nil {
 		return cfg, nil, err
 	}
-	cfg.Verifier, cfg.KeyTTL, cfg.Observe = v, f.keyTTL, func(h atls.Handshake) { logHandshake(log, h) }
-	return cfg, f.reloader(v, store, log), nil
+	f.report = newPeerReport()
+	cfg.Verifier, cfg.KeyTTL, cfg.Observe = v, f.keyTTL, func(h atls.Handshake) {
+		logHandshake(log, h)
+		f.report.observe(h)
+	}
+	reload = f.reloader(v, store, log)
+	if f.ratls {
+		cfg.RATLS, reload.renewer, err = ratlsEnd(ctx, g, log, isAttested)
+	}
+	return cfg, reload, err
 }
 
 // attester asks the agent of this TD for evidence.
@@ -92,7 +109,7 @@ func (f *channelFlags) attester(ctx context.Context, g *globals) (*channelAttest
 }
 
 func logHandshake(log *slog.Logger, h atls.Handshake) {
-	args := []any{"remote", h.Remote, "service", h.Service, "ref", h.Ref, "entry", h.Entry, "key_mode", h.KeyMode, "took", h.Duration.Round(time.Microsecond)}
+	args := []any{"remote", h.Remote, "service", h.Service, "ref", h.Ref, "entry", h.Entry, "assurance", h.Assurance, "took", h.Duration.Round(time.Microsecond)}
 	if h.Code == atls.CodeOK {
 		log.Info("channel", args...)
 		return
@@ -132,6 +149,7 @@ that cannot be read leaves the last one in force.`,
 		},
 	}
 	f.add(cmd)
+	f.addPeersSocket(cmd)
 	cmd.Flags().StringVar(&f.listen, "listen", "127.0.0.1:8443", "address to listen on, or unix:PATH")
 	cmd.Flags().StringArrayVar(&f.services, "service", nil, "NAME=ADDRESS: a service that peers may ask for, and where it listens (HOST:PORT or unix:PATH)")
 	cmd.Flags().StringArrayVar(&f.unattested, "allow-unattested-clients", nil, "name of a --service that takes clients which prove nothing; the policy must allow it too")
@@ -174,7 +192,7 @@ func (f *endpointFlags) run(cmd *cobra.Command, g *globals, cfg *Config) error {
 	if err != nil {
 		return err
 	}
-	if err := f.checkMeasured(ends.Attester.(*channelAttester), cfg); err != nil {
+	if err := f.checkMeasured(cmd.Context(), g, cfg); err != nil {
 		return err
 	}
 	for _, name := range lc.Services {
@@ -203,10 +221,14 @@ func (f *endpointFlags) run(cmd *cobra.Command, g *globals, cfg *Config) error {
 	}
 	group, ctx := errgroup.WithContext(cmd.Context())
 	reload.start(ctx, group, l.Reappraise)
+	if err := f.report.start(ctx, group, g, log, "endpoint", f.peersSocket, ends.Verifier, l.Channels); err != nil {
+		l.Close()
+		return err
+	}
 	log.Info("listening", "address", inner.Addr().String(), "services", lc.Services, "policy", ends.Verifier.Policy().ID, "generation", ends.Verifier.Generation())
 	group.Go(func() error { return forward.Inbound(ctx, l, log, services) })
 	group.Go(func() error {
-		keepNotified(ctx, log, isAlive, func() string { return fmt.Sprintf("%d services, %d channels", len(services), len(l.Peers())) })
+		keepNotified(ctx, log, isAlive, func() string { return fmt.Sprintf("%d services, %d channels", len(services), len(l.Channels())) })
 		return nil
 	})
 	return endGroup(cmd.Context(), group)
@@ -245,12 +267,17 @@ func listenerConfig(ends atls.Config, cfg *Config) (atls.ListenerConfig, error) 
 
 // checkMeasured refuses what is loosened by agent.toml unless the agent says that this
 // boot has measured it.
-func (f *endpointFlags) checkMeasured(a *channelAttester, cfg *Config) error {
-	if len(f.services) > 0 {
-		return nil // given by hand
+func (f *endpointFlags) checkMeasured(ctx context.Context, g *globals, cfg *Config) error {
+	isLoose := func(s ServiceConfig) bool { return s.AllowUnattested }
+	if len(f.services) > 0 || !slices.ContainsFunc(cfg.Services, isLoose) {
+		return nil // given by hand, or nothing to check
+	}
+	agent, err := f.attester(ctx, g)
+	if err != nil {
+		return err
 	}
 	for i := range cfg.Services {
-		if s := &cfg.Services[i]; s.AllowUnattested && a.loosened[s.loosenedKey()] != true {
+		if s := &cfg.Services[i]; isLoose(*s) && agent.loosened[s.loosenedKey()] != true {
 			return exitf(exitConfig, "service %q: allow_unattested = true was not measured by this boot: agent.toml was changed after the boot step", s.Name)
 		}
 	}

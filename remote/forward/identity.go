@@ -16,9 +16,10 @@ import (
 // evidence has proven, and nothing else that the peer has said. What is empty is not
 // proven, or is not there.
 type Identity struct {
-	// Assurance is how the peer has proven itself on this channel: "quote", or "key" for
-	// its measured agent key. With "simulated-" before it the quote is one of a
-	// simulated TD, which proves nothing. "none": the peer has proven nothing.
+	// Assurance is how the peer has proven itself: "quote", "key" for its measured agent
+	// key, or "certificate", which is RA-TLS and weaker. With "simulated-" before it the
+	// quote is one of a simulated TD, which proves nothing. "none": the peer has proven
+	// nothing.
 	Assurance   string             `json:"assurance"`
 	Ref         string             `json:"ref"` // of the handshake, the same in both ends' logs
 	Service     string             `json:"service"`
@@ -33,13 +34,9 @@ type Identity struct {
 
 // IdentityOf says who the peer of a channel is.
 func IdentityOf(p *atls.Peer) Identity {
-	id := Identity{Assurance: "none", Ref: p.Ref, Service: p.Service}
+	id := Identity{Assurance: p.Assurance(), Ref: p.Ref, Service: p.Service}
 	if !p.Attested() {
 		return id
-	}
-	id.Assurance = "quote"
-	if p.KeyMode {
-		id.Assurance = "key"
 	}
 	if p.Result.IsSimulated() {
 		id.Assurance = "simulated-" + id.Assurance
