@@ -78,6 +78,7 @@ func TestScripts(t *testing.T) {
 			"exits":         scriptExits,
 			"free-address":  scriptFreeAddress,
 			"webserver":     scriptWebServer,
+			"expand":        scriptExpand,
 			"hangup":        scriptHangup,
 			"waitline":      scriptWaitLine,
 			"sink":          scriptSink,
