@@ -184,6 +184,11 @@ func (a *ApplicationConfig) loosened(m map[string]any) {
 	}
 }
 
+// givesKeys tells whether any socket gives something of the application's keys.
+func (c *Config) givesKeys() bool {
+	return c.Compat.FullAccess || slices.ContainsFunc(c.Applications, func(a ApplicationConfig) bool { return a.has("key") || a.has("sign") || a.has("cert") })
+}
+
 // tightened returns the applications without what loosened lists.
 func tightened(all []ApplicationConfig) []ApplicationConfig {
 	out := slices.Clone(all)
@@ -211,6 +216,7 @@ func (c *CompatConfig) grants() guestapi.Grants {
 
 // guestSocket is one socket of the guest API.
 type guestSocket struct {
+	name        string
 	listener    net.Listener
 	surface     guestapi.Surface
 	application string // "" for dstack's own sockets
@@ -222,11 +228,11 @@ type guestSocket struct {
 // guestSockets are all sockets of the guest API.
 func (d *daemon) guestSockets(listeners map[string]net.Listener) []guestSocket {
 	open, limits := d.cfg.Compat.grants(), d.cfg.Limits.limiter()
-	all := []guestSocket{{listener: listeners[socketDstack], surface: guestapi.Dstack, grants: open, limits: limits},
-		{listener: listeners[socketTappd], surface: guestapi.Tappd, grants: open, limits: limits}}
+	all := []guestSocket{{name: socketDstack, listener: listeners[socketDstack], surface: guestapi.Dstack, grants: open, limits: limits},
+		{name: socketTappd, listener: listeners[socketTappd], surface: guestapi.Tappd, grants: open, limits: limits}}
 	for i := range d.cfg.Applications {
 		a := &d.cfg.Applications[i]
-		s := guestSocket{listener: listeners[socketOf(a.Name)], surface: guestapi.Dstack, application: a.Name, grants: a.grants(), callers: a.callers(), limits: limits}
+		s := guestSocket{name: socketOf(a.Name), listener: listeners[socketOf(a.Name)], surface: guestapi.Dstack, application: a.Name, grants: a.grants(), callers: a.callers(), limits: limits}
 		if a.Limits != (LimitsConfig{}) {
 			own := a.Limits.over(d.cfg.Limits)
 			s.limits = own.limiter()
@@ -239,7 +245,7 @@ func (d *daemon) guestSockets(listeners map[string]net.Listener) []guestSocket {
 // guestServer makes the server of a socket.
 func (d *daemon) guestServer(s guestSocket) *guestapi.Server {
 	return guestapi.NewServer(guestapi.Config{Surface: s.surface, Grants: s.grants, OnlyUIDs: s.callers, Limits: s.limits, Guest: d, Keys: d.appKeys,
-		Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait,
+		Audit: func(r guestapi.Record) error { return d.record(s.name, r) }, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait,
 		Observe: func(method string, status int) {
 			d.metrics.called(cmp.Or(s.application, s.surface.String()), method, status)
 		}})

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -113,6 +114,33 @@ func TestTightenedGrantsNothingMeasured(t *testing.T) {
 	}
 	if string(cfg.agentConfig()) != string(before) {
 		t.Error("the original has changed")
+	}
+}
+
+// TestApplicationSocketsFromSystemd: systemd must pass exactly the declared ones.
+func TestApplicationSocketsFromSystemd(t *testing.T) {
+	cfg := newConfig()
+	cfg.Applications = []ApplicationConfig{{Name: "web", Grants: []string{"read"}, AllowAnyUID: true}}
+	for want, names := range map[string][]string{
+		"": {"app-web"},
+		`passed no socket named "app-web"; start the .socket units (of application NAME: tdx-agent-app@NAME.socket)`: {},
+		`passed 1 sockets named "app-other"`: {"app-web", "app-other"},
+		`passed 2 sockets named "app-web"`:   {"app-web", "app-web"},
+	} {
+		passed := map[string][]net.Listener{}
+		for _, name := range append(names, socketDstack, socketTappd, socketAgent, socketAdmin) {
+			l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+			check(t, err)
+			t.Cleanup(func() { l.Close() })
+			passed[name] = append(passed[name], l)
+		}
+		got, err := takeListeners(passed, cfg)
+		if want == "" && (err != nil || got[socketOf("web")] == nil) {
+			t.Errorf("%v: %v", names, err)
+		}
+		if want != "" && (err == nil || !strings.Contains(err.Error(), want) || exitCode(err) != exitConfig) {
+			t.Errorf("%v: %v, want %q", names, err, want)
+		}
 	}
 }
 

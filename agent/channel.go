@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
+	"time"
 
+	"tdx-agent/agent/guestapi"
 	"tdx-agent/measure"
 	"tdx-agent/remote/atls"
 )
@@ -73,8 +75,11 @@ func (d *daemon) channelHandler() http.Handler {
 		hash := d.channel.AgentKey()
 		reply(w, http.StatusOK, channelKeyReply{hash[:]})
 	})
+	d.certificateRoutes(mux)
 	mux.HandleFunc("POST /v1/attest", func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
 		answer, err := d.attestChannel(r)
+		d.recordRequest(r, socketChannel, guestapi.Record{Method: "attest", Class: guestapi.ClassQuote, Took: time.Since(start)}, err)
 		if err != nil {
 			d.report(err)
 			replyError(w, err)

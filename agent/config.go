@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/remote/tomlfile"
@@ -28,8 +29,10 @@ type Config struct {
 	Sockets         SocketsConfig `toml:"sockets"`
 	Compat          CompatConfig  `toml:"compat"`
 	Egress          EgressConfig  `toml:"egress"`
+	RATLS           RATLSConfig   `toml:"ratls"`
 	Limits          LimitsConfig  `toml:"limits"`
 	Worker          WorkerConfig  `toml:"worker"`
+	Keys            KeysConfig    `toml:"keys"`
 
 	Applications []ApplicationConfig `toml:"application"`
 }
@@ -78,7 +81,9 @@ func newConfig() *Config {
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
 		Limits:          defaultLimits(),
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
+		Keys:            KeysConfig{KMS: KMSConfig{URLs: []string{}, Collateral: []string{}, PCCS: []string{}, Timeout: time.Minute}},
 		Egress:          newEgressConfig(),
+		RATLS:           newRATLSConfig(),
 	}
 }
 
@@ -142,6 +147,7 @@ func (c *Config) check() error {
 		c.Limits.check,
 		func() error { return checkApplications(c.Applications) },
 		c.Worker.check,
+		c.Keys.KMS.check,
 	} {
 		if err := check(); err != nil {
 			return err
@@ -166,6 +172,9 @@ func (c *Config) loosened() map[string]any {
 	if c.Compat.FullAccess {
 		m["compat.full_access"] = true
 	}
+	if c.RATLS.Endpoint {
+		m["ratls.endpoint"] = true
+	}
 	for i := range c.Applications {
 		c.Applications[i].loosened(m)
 	}
@@ -178,6 +187,7 @@ func (c *Config) tighten() {
 	c.OnForeignExtend = def.OnForeignExtend
 	c.Kernel.AllowEnvOverrides = def.Kernel.AllowEnvOverrides
 	c.Compat.FullAccess = def.Compat.FullAccess
+	c.RATLS.Endpoint = def.RATLS.Endpoint
 	c.Applications = tightened(c.Applications)
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -124,7 +125,14 @@ type emitReply struct {
 func (d *daemon) adminHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v1/emit", func(w http.ResponseWriter, r *http.Request) {
-		record, err := d.adminEmit(r)
+		start, req := time.Now(), emitRequest{}
+		b, err := readLimited(r.Body, "request", 64<<10)
+		if err != nil {
+			replyError(w, withExit(exitUsage, err))
+			return
+		}
+		record, err := d.adminEmit(r.Context(), b, &req)
+		d.recordRequest(r, socketAdmin, guestapi.Record{Method: "emit", Class: guestapi.ClassMeasure, Name: req.Event, Arguments: b, Took: time.Since(start)}, err)
 		if err != nil {
 			replyError(w, err)
 			return
@@ -134,12 +142,7 @@ func (d *daemon) adminHandler() http.Handler {
 	return mux
 }
 
-func (d *daemon) adminEmit(r *http.Request) (measure.Record, error) {
-	var req emitRequest
-	b, err := readLimited(r.Body, "request", 64<<10)
-	if err != nil {
-		return measure.Record{}, withExit(exitUsage, err)
-	}
+func (d *daemon) adminEmit(ctx context.Context, b []byte, req *emitRequest) (measure.Record, error) {
 	if err := strictObject(b, map[string]*string{"event": &req.Event, "payload": &req.Payload, "idempotency_key": &req.Key}); err != nil {
 		return measure.Record{}, withExit(exitUsage, fmt.Errorf("request: %w", err))
 	}
@@ -153,7 +156,7 @@ func (d *daemon) adminEmit(r *http.Request) (measure.Record, error) {
 	if err := guestapi.CheckEvent(req.Event, payload); err != nil {
 		return measure.Record{}, err // with its own exit status
 	}
-	return d.emit(r.Context(), measure.Entry{Name: req.Event, Payload: payload, Key: req.Key, Caller: "admin"})
+	return d.emit(ctx, measure.Entry{Name: req.Event, Payload: payload, Key: req.Key, Caller: "admin"})
 }
 
 // strictObject decodes one JSON object of strings, and nothing after it. What it

@@ -127,8 +127,11 @@ func (i *identifier) caller(conn net.Conn) (c Caller) {
 // ends in it can be taken for another that was given its number.
 func (i *identifier) group(conn int, pid int32) (id uint64, path string) {
 	pidfd, err := i.pidfd(conn)
-	if err != nil {
+	switch {
+	case err == unix.ENOPROTOOPT:
 		return 0, i.pathBetween(pid, func() (string, error) { return i.startTime(pid) })
+	case err != nil:
+		return 0, "" // there is no such process any more, and its number may be another's
 	}
 	defer unix.Close(pidfd)
 	id, err = i.groupID(pidfd)

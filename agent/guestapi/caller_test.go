@@ -129,6 +129,11 @@ func TestReusedPID(t *testing.T) {
 	if c := i.caller(accepted(t)); c.Cgroup != "" || starts != 2 {
 		t.Errorf("control group %q after %d looks, want none after 2", c.Cgroup, starts)
 	}
+	i.pidfd = func(int) (int, error) { return -1, unix.ESRCH } // the kernel knows that it is gone
+	if c := i.caller(accepted(t)); c.Cgroup != "" || starts != 2 {
+		t.Errorf("control group %q of a process that is gone", c.Cgroup)
+	}
+	kernels["before 6.5"](i)
 	i.read = func(int32, string) ([]byte, error) { return nil, fs.ErrNotExist }
 	if c := i.caller(accepted(t)); c.Cgroup != "" || !c.Known {
 		t.Errorf("caller is %+v without /proc", c)

@@ -148,6 +148,7 @@ func (s *Server) mayDerive(c *call) error {
 
 // mayDerivePath decides on the path, which [Server.mayDerive] does not know.
 func (s *Server) mayDerivePath(c *call, path string) error {
+	c.name = path
 	g := &s.cfg.Grants
 	switch {
 	case len(g.Keys) == 0:

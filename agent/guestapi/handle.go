@@ -89,7 +89,9 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		answer = o.answer(encodingJSON)
 		answer.allow = "GET, POST"
 	default:
-		answer = s.call(w, r, name, peer)
+		c := call{method: name, arguments: arguments{encoding: encodingOf(r)}, caller: peer.caller}
+		answer = s.call(w, r, &c, peer)
+		answer = s.record(&c, answer, time.Since(start))
 	}
 	if s.cfg.Surface == Worker {
 		w.Header().Set("X-App-Version", "v"+s.cfg.Version+" ("+s.cfg.Revision+")")
@@ -166,17 +168,16 @@ func (s *Server) notFound() response {
 
 // call runs a method and encodes what it answers. A panic in it is this request's
 // error and nobody else's.
-func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer *peerConn) (answer response) {
-	enc := encodingOf(r)
+func (s *Server) call(w http.ResponseWriter, r *http.Request, c *call, peer *peerConn) (answer response) {
+	enc := c.arguments.encoding
 	defer func() {
 		if p := recover(); p != nil {
-			s.cfg.Logger.Error("panic in a method", "method", name, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			s.cfg.Logger.Error("panic in a method", "method", c.method, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 			o := outcome{status: http.StatusInternalServerError, exit: exitFailure, text: "internal error: see the agent's log"}
 			answer = o.answer(enc)
 		}
 	}()
-	c := call{method: name, arguments: arguments{encoding: enc}, caller: peer.caller}
-	reply, err := s.run(w, r, &c, peer)
+	reply, err := s.run(w, r, c, peer)
 	if err != nil {
 		o := outcomeOf(err)
 		if enc == encodingProtobuf && c.arguments.looksLikeJSON() {
@@ -184,7 +185,7 @@ func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer 
 		}
 		return o.answer(enc)
 	}
-	answer = response{status: http.StatusOK, secret: s.methods[name].secret}
+	answer = response{status: http.StatusOK, secret: s.methods[c.method].secret}
 	var b []byte
 	if !answer.secret {
 		answer.buffer = bodies.Get().(*[]byte)

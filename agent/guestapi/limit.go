@@ -11,7 +11,8 @@ import (
 )
 
 // maxAccounts bounds the callers whose buckets are kept. Whoever is dropped starts with
-// full ones; it takes root to be so many users in so many control groups.
+// full ones: who may make control groups, as root and a user with a session may, has
+// more than one account anyway.
 const maxAccounts = 1024
 
 // Rate is a token bucket: so many calls a second for ever, Burst of them at once.
@@ -69,9 +70,10 @@ func (e *throttledError) Error() string {
 // RetryAfter is when to try again; it makes the answer a 429.
 func (e *throttledError) RetryAfter() time.Duration { return e.wait }
 
-// take counts a call. Its error is a *throttledError. missed is how many calls of the
-// class were refused since the last that was let through.
-func (l *Limiter) take(c Caller, class Class) (missed int, err error) {
+// Take counts a call. Its error says that there were too many, and has a method
+// RetryAfter() time.Duration. missed is how many calls of the class were refused since
+// the last that was let through.
+func (l *Limiter) Take(c Caller, class Class) (missed int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	a := l.account(c.account())
@@ -107,10 +109,10 @@ func (l *Limiter) account(key accountKey) *account {
 }
 
 // limit counts the call, if there is a limit. Methods that are not known count as reads.
-func (s *Server) limit(c *call, class Class) (err error) {
+func (s *Server) limit(c *call, class Class) error {
 	if s.cfg.Limits == nil {
 		return nil
 	}
-	c.missed, err = s.cfg.Limits.take(c.caller, max(class, ClassRead))
+	_, err := s.cfg.Limits.Take(c.caller, max(class, ClassRead))
 	return err
 }

@@ -25,7 +25,7 @@ func TestLimiter(t *testing.T) {
 	a := testCaller(1, 7)
 	take := func(c Caller, class Class, want bool, missed int, wait time.Duration) {
 		t.Helper()
-		got, err := l.take(c, class)
+		got, err := l.Take(c, class)
 		var throttled *throttledError
 		if (err == nil) != want || got != missed || errors.As(err, &throttled) && throttled.wait != wait {
 			t.Errorf("%+v: %d missed, %v; want %d missed, %v", c, got, err, missed, wait)
@@ -49,7 +49,7 @@ func TestLimiter(t *testing.T) {
 	take(a, ClassKey, false, 0, 500*time.Millisecond)
 	now = now.Add(time.Hour)
 	for range 3 {
-		l.take(a, ClassKey)
+		l.Take(a, ClassKey)
 	}
 	take(a, ClassKey, false, 0, 500*time.Millisecond)
 }
@@ -57,10 +57,10 @@ func TestLimiter(t *testing.T) {
 func TestLimiterIsBounded(t *testing.T) {
 	l := NewLimiter(equalRates(Rate{PerSecond: 1e-3, Burst: 1}))
 	first := testCaller(0, 1)
-	l.take(first, ClassKey)
+	l.Take(first, ClassKey)
 	for group := range uint64(3 * maxAccounts) {
-		l.take(testCaller(1, group+1), ClassKey)
-		if _, err := l.take(first, ClassKey); err == nil {
+		l.Take(testCaller(1, group+1), ClassKey)
+		if _, err := l.Take(first, ClassKey); err == nil {
 			t.Fatal("who calls all the time was forgotten")
 		}
 		if len(l.known) > maxAccounts || l.recent.Len() != len(l.known) {

@@ -12,7 +12,7 @@ type call struct {
 	method    string
 	arguments arguments
 	caller    Caller
-	missed    int // calls of this class by this caller that were refused before, see Limiter
+	name      string // the path of a key or the name of an event, once it is known
 }
 
 // method is one method of a surface.
@@ -212,6 +212,7 @@ func (s *Server) emitEvent(ctx context.Context, c *call) (message, error) {
 	if err := c.arguments.decode(message{{"event", 1, &name}, {"payload", 2, &payload}}); err != nil {
 		return nil, err
 	}
+	c.name = name
 	if err := CheckEvent(name, payload); err != nil {
 		return nil, err
 	}

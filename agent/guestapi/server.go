@@ -37,7 +37,10 @@ type Config struct {
 	Version  string // answer to the method Version
 	Revision string // of the source, such as "git:0123456789abcdef0123"; "" is sent as "unknown"
 
-	Limits *Limiter     // of every caller; nil: none
+	Limits *Limiter // of every caller; nil: none
+	// Audit records a call before it is answered; nil: no record. A call that gives
+	// something of a key is not answered unless its record could be written.
+	Audit  func(Record) error
 	Logger *slog.Logger // nil: no log
 	// Observe is told of every call: one of the surface's methods, or "" for another
 	// word, and the HTTP status. Nil: nobody is.
@@ -83,7 +86,7 @@ func (c *Config) setDefaults() {
 type Server struct {
 	cfg      Config
 	methods  map[string]method
-	slots    slots
+	slots    *slots
 	identify *identifier
 	logs     lastLog
 	http     http.Server
@@ -92,8 +95,7 @@ type Server struct {
 // NewServer returns a Server that is ready to [Server.Serve].
 func NewServer(cfg Config) *Server {
 	cfg.setDefaults()
-	s := &Server{cfg: cfg, methods: methodsOf(cfg.Surface), identify: newIdentifier()}
-	s.slots = slots{total: cfg.MaxConns, perUID: cfg.MaxConnsPerUID, byUID: make(map[uint32]int)}
+	s := &Server{cfg: cfg, methods: methodsOf(cfg.Surface), identify: newIdentifier(), slots: newSlots(cfg.MaxConns, cfg.MaxConnsPerUID)}
 	s.http = http.Server{
 		Handler:           http.HandlerFunc(s.handle),
 		ReadHeaderTimeout: cfg.ReadTimeout,
@@ -113,7 +115,7 @@ func NewServer(cfg Config) *Server {
 // Serve answers the connections of ln until [Server.Shutdown], then returns nil. It
 // closes ln.
 func (s *Server) Serve(ln net.Listener) error {
-	err := s.http.Serve(&peerListener{Listener: ln, slots: &s.slots, identify: s.identify})
+	err := s.http.Serve(newPeerListener(ln, s.slots, s.identify))
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}

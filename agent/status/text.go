@@ -51,6 +51,7 @@ func (s *Status) WriteText(w io.Writer) error {
 	for _, a := range s.Access {
 		a.writeText(b)
 	}
+	s.writeAudit(b)
 	s.writeProblems(b)
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -98,6 +99,13 @@ func (s *Status) writeLog(b *strings.Builder) {
 	b.WriteByte('\n')
 	if s.Log.Problem != "" {
 		fmt.Fprintf(b, "  PROBLEM %s\n", s.Log.Problem)
+	}
+}
+
+func (s *Status) writeAudit(b *strings.Builder) {
+	fmt.Fprintf(b, "  audit   line %d, head %s\n", s.Audit.Seq, s.Audit.Head)
+	if s.Audit.Problem != "" {
+		fmt.Fprintf(b, "  PROBLEM the audit record cannot be written, so keys are not given; %d lines are lost: %s\n", s.Audit.Lost, s.Audit.Problem)
 	}
 }
 
