@@ -95,7 +95,11 @@ func (d *daemon) appKeys(ctx context.Context) (*keys.App, error) { return d.meas
 
 // measuredKeys loads keys, if RTMR3 speaks of their provider.
 func (d *daemon) measuredKeys(ctx context.Context, k *appKeys) (*keys.App, error) {
-	return k.load(ctx, func(p measure.KeyProvider) error { return d.checkProvider(ctx, p) })
+	app, err := k.load(ctx, func(p measure.KeyProvider) error { return d.checkProvider(ctx, p) })
+	if err == nil && !d.cfg.RATLS.LegacyOIDs {
+		app.OmitLegacyOIDs()
+	}
+	return app, err
 }
 
 // checkProvider tells whether RTMR3 speaks of this provider.

@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
+	"time"
 
+	"tdx-agent/agent/guestapi"
 	"tdx-agent/measure"
 	"tdx-agent/remote/atls"
 )
@@ -28,7 +30,9 @@ func (d *daemon) loadChannelKey() error {
 		return fmt.Errorf("agent key: %w", err)
 	}
 	d.channel, err = atls.NewKey(key, func(ctx context.Context, rd measure.ReportData) (*measure.Evidence, error) {
-		return d.attester.Evidence(ctx, rd, "channel") // one caller among the others: no more than its turn
+		ev, err := d.attester.RemoteEvidence(ctx, rd)
+		d.metrics.quoted("channel", err)
+		return ev, err
 	}, func(ctx context.Context) (measure.Digest, error) {
 		s, err := d.ledger.Snapshot(ctx)
 		return s.Register, err
@@ -71,8 +75,11 @@ func (d *daemon) channelHandler() http.Handler {
 		hash := d.channel.AgentKey()
 		reply(w, http.StatusOK, channelKeyReply{hash[:]})
 	})
+	d.certificateRoutes(mux)
 	mux.HandleFunc("POST /v1/attest", func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
 		answer, err := d.attestChannel(r)
+		d.recordRequest(r, socketChannel, guestapi.Record{Method: "attest", Class: guestapi.ClassQuote, Took: time.Since(start)}, err)
 		if err != nil {
 			d.report(err)
 			replyError(w, err)

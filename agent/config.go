@@ -28,9 +28,13 @@ type Config struct {
 	Boot            BootConfig    `toml:"boot"`
 	Sockets         SocketsConfig `toml:"sockets"`
 	Compat          CompatConfig  `toml:"compat"`
-	Worker          WorkerConfig  `toml:"worker"`
 	Egress          EgressConfig  `toml:"egress"`
+	RATLS           RATLSConfig   `toml:"ratls"`
+	Limits          LimitsConfig  `toml:"limits"`
+	Worker          WorkerConfig  `toml:"worker"`
 	Keys            KeysConfig    `toml:"keys"`
+
+	Applications []ApplicationConfig `toml:"application"`
 }
 
 // KernelConfig says where the kernel's interfaces are.
@@ -75,9 +79,11 @@ func newConfig() *Config {
 		Kernel:          KernelConfig{Entry: "tdx-agent", CCEL: "/sys/firmware/acpi/tables/data/CCEL", AttestConf: "/etc/tdx-attest.conf"},
 		Boot:            BootConfig{HostShared: "/dstack/.host-shared", Era: "0.5.11", AgentKey: true, DstackLogs: "/run/log"},
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
+		Limits:          defaultLimits(),
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
 		Keys:            KeysConfig{KMS: KMSConfig{URLs: []string{}, Collateral: []string{}, PCCS: []string{}, Timeout: time.Minute}},
 		Egress:          newEgressConfig(),
+		RATLS:           newRATLSConfig(),
 	}
 }
 
@@ -136,13 +142,21 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
-	if err := c.Worker.check(); err != nil {
-		return err
+	for _, check := range []func() error{
+		c.Egress.check,
+		c.Limits.check,
+		func() error { return checkApplications(c.Applications) },
+		c.Worker.check,
+		c.Keys.KMS.check,
+	} {
+		if err := check(); err != nil {
+			return err
+		}
 	}
-	if err := c.Keys.KMS.check(); err != nil {
-		return err
+	if n := len(c.agentConfig()); n > maxAgentConfig {
+		return fmt.Errorf("the settings that loosen defaults take %d bytes, and are measured with every quote: want at most %d; declare less, or with shorter names", n, maxAgentConfig)
 	}
-	return c.Egress.check()
+	return nil
 }
 
 // loosened lists the settings that loosen a default, by name, with their values. They
@@ -158,6 +172,12 @@ func (c *Config) loosened() map[string]any {
 	if c.Compat.FullAccess {
 		m["compat.full_access"] = true
 	}
+	if c.RATLS.Endpoint {
+		m["ratls.endpoint"] = true
+	}
+	for i := range c.Applications {
+		c.Applications[i].loosened(m)
+	}
 	return m
 }
 
@@ -167,6 +187,8 @@ func (c *Config) tighten() {
 	c.OnForeignExtend = def.OnForeignExtend
 	c.Kernel.AllowEnvOverrides = def.Kernel.AllowEnvOverrides
 	c.Compat.FullAccess = def.Compat.FullAccess
+	c.RATLS.Endpoint = def.RATLS.Endpoint
+	c.Applications = tightened(c.Applications)
 }
 
 // agentConfig is the payload of event agent-config: the loosened settings as JSON
@@ -178,7 +200,7 @@ func (c *Config) agentConfig() []byte {
 	}
 	b, err := json.Marshal(m) // sorts the keys
 	if err != nil {
-		panic(err) // strings and booleans only
+		panic(err) // strings, numbers and booleans only
 	}
 	return b
 }

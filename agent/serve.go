@@ -104,21 +104,20 @@ func serveFiles(ctx context.Context, cfg *Config, o serveOptions, dir runtimeDir
 // run serves on the listeners until ctx ends or a server fails.
 func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, stderr io.Writer) error {
 	group, ctx := errgroup.WithContext(ctx)
-	app := guestapi.Grants{Read: true, Quote: true, RawReportData: d.cfg.Compat.RawReportData, Measure: d.cfg.Compat.FullAccess, Keys: d.cfg.Compat.FullAccess}
-	d.access = []status.Access{
-		{Socket: listeners[socketDstack].Addr().String(), Grants: grantNames(app)},
-		{Socket: listeners[socketTappd].Addr().String(), Grants: grantNames(app)},
-		{Socket: listeners[socketAgent].Addr().String(), Grants: []string{"status", "log"}},
-		{Socket: listeners[socketAdmin].Addr().String(), Grants: []string{"emit"}},
+	for _, g := range d.guestSockets(listeners) {
+		d.access = append(d.access, g.access())
+		d.start(ctx, group, d.guestServer(g), g.listener)
 	}
-	for name, surface := range map[string]guestapi.Surface{socketDstack: guestapi.Dstack, socketTappd: guestapi.Tappd} {
-		s := guestapi.NewServer(guestapi.Config{Surface: surface, Grants: app, Guest: d, Keys: d.appKeys, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait})
-		d.start(ctx, group, s, listeners[name])
-	}
+	d.access = append(d.access, status.Access{Socket: listeners[socketAgent].Addr().String(), Grants: []string{"status", "log"}},
+		status.Access{Socket: listeners[socketAdmin].Addr().String(), Grants: []string{"emit"}})
 	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])
 	d.start(ctx, group, newHTTPServer(d.adminHandler()), listeners[socketAdmin])
 	if l := listeners[socketChannel]; l != nil {
-		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"channel evidence"}})
+		grants := []string{"channel evidence"}
+		if d.cfg.RATLS.Endpoint {
+			grants = append(grants, "RA-TLS certificate evidence")
+		}
+		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: grants})
 		d.start(ctx, group, newHTTPServer(d.channelHandler()), l)
 	}
 	if l := listeners[socketWorker]; l != nil {
@@ -132,6 +131,7 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 	group.Go(func() error { keepNotified(ctx, d.log, d.alive, d.statusLine); return nil })
 	d.announce(stderr, listeners)
 	err := group.Wait()
+	d.closeAudit()
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		return nil
 	}
@@ -162,9 +162,22 @@ func (d *daemon) start(ctx context.Context, group *errgroup.Group, s server, l n
 	})
 }
 
-func newHTTPServer(h http.Handler) *http.Server {
-	return &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
-		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
+// The bounds of what is open at once on a socket that is not dstack's.
+const (
+	maxConns       = 128
+	maxConnsPerUID = 64
+)
+
+// boundServer is an HTTP server that turns away connections beyond its bounds.
+type boundServer struct{ *http.Server }
+
+func (s boundServer) Serve(l net.Listener) error {
+	return s.Server.Serve(guestapi.LimitListener(l, maxConns, maxConnsPerUID))
+}
+
+func newHTTPServer(h http.Handler) boundServer {
+	return boundServer{&http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ConnContext: guestapi.ConnContext, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}}
 }
 
 // announce tells whoever started the agent that it serves. The self check came before;
@@ -191,17 +204,4 @@ func (d *daemon) statusLine() string {
 	}
 	q := d.attester.Stats()
 	return fmt.Sprintf("RTMR3 ok seq=%d; quotes %d ok, %d failed", len(s.Records), q.OK, q.Failed)
-}
-
-func grantNames(g guestapi.Grants) []string {
-	var names []string
-	for _, n := range []struct {
-		on   bool
-		name string
-	}{{g.Read, "read"}, {g.Quote, "quote"}, {g.RawReportData, "raw report data"}, {g.Keys, "keys"}, {g.Measure, "events"}} {
-		if n.on {
-			names = append(names, n.name)
-		}
-	}
-	return names
 }

@@ -135,9 +135,10 @@ func TestTakeListeners(t *testing.T) {
 		{nil, "inherited", `passed no socket named "worker"`},
 		{[]string{"worker"}, "", `disable tdx-agent-worker.socket`},
 		{[]string{"worker"}, "/run/w.sock", `disable tdx-agent-worker.socket`},
+		{nil, "/run/w.sock", `let ListenStream= of tdx-agent-worker.socket name the path`},
 		{[]string{"worker", "worker"}, "inherited", `2 sockets named "worker"`},
 	} {
-		got, err := takeListeners(pass(append(c.more, usual...)...), c.worker)
+		got, err := takeListeners(pass(append(c.more, usual...)...), &Config{Worker: WorkerConfig{Listen: c.worker}})
 		if c.want != "" {
 			if err == nil || !strings.Contains(err.Error(), c.want) || exitCode(err) != exitConfig {
 				t.Errorf("%v, %q: %v", c.more, c.worker, err)

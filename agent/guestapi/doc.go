@@ -14,6 +14,11 @@
 // status that the program's own client uses, and what a socket may do is a set of
 // [Grants] whose zero value denies everything.
 //
+// A call goes through these in order: who calls, which the kernel tells when the
+// connection is made ([Caller]); how often ([Limiter]); whether this user may
+// ([Config].OnlyUIDs); whether this socket may ([Grants], first the class, then the name);
+// the call itself; and its [Record], without which nothing of a key is answered.
+//
 // The agent itself is behind the [Guest] interface, its keys behind [Config]. An
 // answer that holds key material is overwritten once it is written.
 package guestapi

@@ -89,12 +89,15 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		answer = o.answer(encodingJSON)
 		answer.allow = "GET, POST"
 	default:
-		answer = s.call(w, r, name, peer)
+		c := call{method: name, arguments: arguments{encoding: encodingOf(r)}, caller: peer.caller}
+		answer = s.call(w, r, &c, peer)
+		answer = s.record(&c, answer, time.Since(start))
 	}
 	if s.cfg.Surface == Worker {
 		w.Header().Set("X-App-Version", "v"+s.cfg.Version+" ("+s.cfg.Revision+")")
 	}
 	answer.write(w)
+	s.observe(name, answer.status)
 	level := levelOf(answer.status)
 	if !s.cfg.Logger.Enabled(r.Context(), level) {
 		return
@@ -103,6 +106,16 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		slog.String("service", s.cfg.Surface.String()), slog.String("method", clip(name)),
 		slog.Int("status", answer.status), slog.Duration("took", time.Since(start)),
 		slog.String("caller", peer.caller.String()), slog.String("error", answer.text))
+}
+
+func (s *Server) observe(name string, status int) {
+	if s.cfg.Observe == nil {
+		return
+	}
+	if _, known := s.methods[name]; !known {
+		name = ""
+	}
+	s.cfg.Observe(name, status)
 }
 
 func levelOf(status int) slog.Level {
@@ -155,17 +168,16 @@ func (s *Server) notFound() response {
 
 // call runs a method and encodes what it answers. A panic in it is this request's
 // error and nobody else's.
-func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer *peerConn) (answer response) {
-	enc := encodingOf(r)
+func (s *Server) call(w http.ResponseWriter, r *http.Request, c *call, peer *peerConn) (answer response) {
+	enc := c.arguments.encoding
 	defer func() {
 		if p := recover(); p != nil {
-			s.cfg.Logger.Error("panic in a method", "method", name, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			s.cfg.Logger.Error("panic in a method", "method", c.method, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 			o := outcome{status: http.StatusInternalServerError, exit: exitFailure, text: "internal error: see the agent's log"}
 			answer = o.answer(enc)
 		}
 	}()
-	c := call{method: name, arguments: arguments{encoding: enc}, caller: peer.caller}
-	reply, err := s.run(w, r, &c, peer)
+	reply, err := s.run(w, r, c, peer)
 	if err != nil {
 		o := outcomeOf(err)
 		if enc == encodingProtobuf && c.arguments.looksLikeJSON() {
@@ -173,7 +185,7 @@ func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer 
 		}
 		return o.answer(enc)
 	}
-	answer = response{status: http.StatusOK, secret: s.methods[name].secret}
+	answer = response{status: http.StatusOK, secret: s.methods[c.method].secret}
 	var b []byte
 	if !answer.secret {
 		answer.buffer = bodies.Get().(*[]byte)
@@ -192,8 +204,14 @@ func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer 
 
 func (s *Server) run(w http.ResponseWriter, r *http.Request, c *call, peer *peerConn) (message, error) {
 	m, ok := s.methods[c.method]
+	if err := s.limit(c, m.class); err != nil {
+		return nil, err
+	}
+	if err := s.admits(c); err != nil {
+		return nil, err
+	}
 	limit := maxBody
-	if m.large && s.cfg.Grants.Keys {
+	if m.large && s.cfg.Grants.Sign {
 		limit = maxLargeBody
 	}
 	payload, err := s.payload(w, r, limit)

@@ -159,13 +159,31 @@ func (f *field) setJSON(value json.RawMessage) error {
 
 func (f *field) setJSONString(value json.RawMessage) error {
 	var s string
-	if len(value) == 0 || value[0] != '"' || json.Unmarshal(value, &s) != nil {
-		return badRequest("%s: want a string, got %s", f.name, clip(string(value)))
+	if value[0] != '"' || json.Unmarshal(value, &s) != nil {
+		return badRequest("%s: want a string, got %s", f.name, kindOf(value))
 	}
 	if strings.ContainsRune(s, utf8.RuneError) {
 		return badRequest("%s: has half a surrogate pair or U+FFFD", f.name)
 	}
 	return f.setText(s)
+}
+
+// kindOf names the kind of a JSON value. The value itself may be secret, as report data
+// can be, and errors are logged.
+func kindOf(value json.RawMessage) string {
+	switch value[0] {
+	case '{':
+		return "an object"
+	case '[':
+		return "an array"
+	case '"':
+		return "a malformed string"
+	case 't', 'f':
+		return "true or false"
+	case 'n':
+		return "null"
+	}
+	return "a number"
 }
 
 // decodeQuery takes the arguments of a GET: name=value pairs, percent-encoded.

@@ -24,6 +24,9 @@ const (
 	limitTotal        = 45 * time.Second
 )
 
+// maxRetryAfter is the longest that an end tells the other to wait.
+const maxRetryAfter = time.Minute
+
 // handshake is one under way, in one goroutine. Its states follow each other in the
 // order of the steps; whatever does not fit ends it.
 type handshake struct {
@@ -39,12 +42,17 @@ type handshake struct {
 	peer    *Peer
 	policy  *remote.Policy // of the start
 
-	hasQuoted bool // our evidence is a quote
+	hasQuoted  bool // our evidence is a quote
+	isReserved bool // there is a place for the channel; end.mu guards it
+}
+
+func (e *end) newHandshake(ctx context.Context, raw net.Conn, role Role) *handshake {
+	return &handshake{end: e, ctx: ctx, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw), Role: Client + Server - role}, policy: e.cfg.Verifier.Policy()}
 }
 
 // begin makes the TLS connection.
 func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, error) {
-	h := &handshake{end: e, ctx: ctx, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw)}, policy: e.cfg.Verifier.Policy()}
+	h := e.newHandshake(ctx, raw, role)
 	leaf, err := e.certificate()
 	if err != nil {
 		return h, err
@@ -134,7 +142,7 @@ func (h *handshake) read(kind byte, limit int, message any) (frame []byte, err e
 			if code == CodeReattest && h.hasQuoted {
 				code = CodeBadFrame // it has the quote that it asks for, and gets no other
 			}
-			return nil, &Error{Step: h.step, Code: code, Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), 60_000)) * time.Millisecond}
+			return nil, &Error{Step: h.step, Code: code, Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), int(maxRetryAfter/time.Millisecond))) * time.Millisecond}
 		}
 	}
 	return frame, decode(frame, message)
@@ -181,6 +189,14 @@ func (h *handshake) readStatement(mode string) (st *Statement, serverEvidence st
 	return st, e.ServerEvidence, err
 }
 
+// closest is the policy entry that accepts the peer or came closest.
+func (h *handshake) closest(err error) string {
+	if rejection, ok := errors.AsType[*remote.Rejection](err); ok {
+		return rejection.Result.Entry
+	}
+	return h.peer.Entry()
+}
+
 // finish is told of every handshake's end. It answers the peer if that is due.
 func (h *handshake) finish(err error) *Error {
 	code := CodeOK
@@ -190,10 +206,11 @@ func (h *handshake) finish(err error) *Error {
 	failed, isOurs := errors.AsType[*Error](err)
 	if !isOurs && err != nil {
 		failed = &Error{Step: h.step, Code: code, Ref: h.ref, Err: err}
-		if busy, ok := errors.AsType[*busyError](err); ok {
-			failed.RetryAfter = busy.retryAfter
+		var busy waiter
+		if errors.As(err, &busy) {
+			failed.RetryAfter = min(max(busy.RetryAfter(), 0), maxRetryAfter)
 		}
-		if h.conn != nil && h.step != StepTLS {
+		if h.conn != nil && h.step != StepTLS && h.cfg.RATLS == nil {
 			h.refuse(failed)
 		}
 	}
@@ -205,7 +222,7 @@ func (h *handshake) finish(err error) *Error {
 		step = StepOpen
 	}
 	h.cfg.Observe(Handshake{Time: h.start, Duration: time.Since(h.start), Remote: h.peer.Address, Role: h.role, Service: h.peer.Service, Ref: h.ref,
-		Step: step, Code: code, Entry: h.peer.Entry(), KeyMode: h.peer.KeyMode, Err: err})
+		Step: step, Code: code, Entry: h.closest(err), Assurance: h.peer.Assurance(), Err: err})
 	return failed
 }
 
@@ -250,6 +267,9 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 		if own, err = h.appraiseClient(ctx, mode, &hello); err != nil {
 			return 0, err
 		}
+	}
+	if !h.reserve(l.MaxConnections) {
+		return 0, &busyError{time.Second}
 	}
 	if err := h.answer(ctx, own, &hello, slots); err != nil {
 		return 0, err
