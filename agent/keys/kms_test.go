@@ -122,14 +122,20 @@ func (m *machine) mrAggregated(t testing.TB) []byte {
 // verifier accepts the machine's platform, with applications of this compose hash.
 func (m *machine) verifier(t testing.TB, composeHash byte) *remote.Verifier {
 	t.Helper()
+	return m.newVerifier(t, fmt.Sprintf("compose_hash = [\"%x\"]", bytes.Repeat([]byte{composeHash}, 32)))
+}
+
+// newVerifier accepts the machine's platform with these terms.
+func (m *machine) newVerifier(t testing.TB, terms string) *remote.Verifier {
+	t.Helper()
 	policy, err := remote.ParsePolicy("policy.toml", fmt.Appendf(nil, `version = 1
 [[peer]]
 name = "it"
 root = "sha256:%x"
 allow_simulated = true
 allow_any_image = true
-compose_hash = ["%x"]
-`, m.root, bytes.Repeat([]byte{composeHash}, 32)))
+%s
+`, m.root, terms))
 	if err != nil {
 		t.Fatal(err)
 	}
