@@ -74,7 +74,7 @@ func (d *daemon) appKeys(ctx context.Context) (*keys.App, error) { return d.meas
 
 // measuredKeys loads keys, if RTMR3 speaks of their provider.
 func (d *daemon) measuredKeys(ctx context.Context, k *appKeys) (*keys.App, error) {
-	return k.load(ctx, func(p measure.KeyProvider) error {
+	app, err := k.load(ctx, func(p measure.KeyProvider) error {
 		s, err := d.ledger.Snapshot(ctx)
 		if err := d.report(err); err != nil {
 			return err
@@ -95,6 +95,10 @@ func (d *daemon) measuredKeys(ctx context.Context, k *appKeys) (*keys.App, error
 		}
 		return nil
 	})
+	if err == nil && !d.cfg.RATLS.LegacyOIDs {
+		app.OmitLegacyOIDs()
+	}
+	return app, err
 }
 
 // certify makes the application's certificate that Info shows. Its key is dropped:

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -244,7 +245,10 @@ func (d *daemon) guestSockets(listeners map[string]net.Listener) []guestSocket {
 // guestServer makes the server of a socket.
 func (d *daemon) guestServer(s guestSocket) *guestapi.Server {
 	return guestapi.NewServer(guestapi.Config{Surface: s.surface, Grants: s.grants, OnlyUIDs: s.callers, Limits: s.limits, Guest: d, Keys: d.appKeys,
-		Audit: func(r guestapi.Record) error { return d.record(s.name, r) }, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait})
+		Audit: func(r guestapi.Record) error { return d.record(s.name, r) }, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait,
+		Observe: func(method string, status int) {
+			d.metrics.called(cmp.Or(s.application, s.surface.String()), method, status)
+		}})
 }
 
 // access says what the socket gives, for status.

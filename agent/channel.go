@@ -30,7 +30,9 @@ func (d *daemon) loadChannelKey() error {
 		return fmt.Errorf("agent key: %w", err)
 	}
 	d.channel, err = atls.NewKey(key, func(ctx context.Context, rd measure.ReportData) (*measure.Evidence, error) {
-		return d.attester.RemoteEvidence(ctx, rd)
+		ev, err := d.attester.RemoteEvidence(ctx, rd)
+		d.metrics.quoted("channel", err)
+		return ev, err
 	}, func(ctx context.Context) (measure.Digest, error) {
 		s, err := d.ledger.Snapshot(ctx)
 		return s.Register, err
@@ -73,6 +75,7 @@ func (d *daemon) channelHandler() http.Handler {
 		hash := d.channel.AgentKey()
 		reply(w, http.StatusOK, channelKeyReply{hash[:]})
 	})
+	d.certificateRoutes(mux)
 	mux.HandleFunc("POST /v1/attest", func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
 		answer, err := d.attestChannel(r)

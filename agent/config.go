@@ -28,6 +28,7 @@ type Config struct {
 	Sockets         SocketsConfig `toml:"sockets"`
 	Compat          CompatConfig  `toml:"compat"`
 	Egress          EgressConfig  `toml:"egress"`
+	RATLS           RATLSConfig   `toml:"ratls"`
 	Limits          LimitsConfig  `toml:"limits"`
 	Worker          WorkerConfig  `toml:"worker"`
 
@@ -79,6 +80,7 @@ func newConfig() *Config {
 		Limits:          defaultLimits(),
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
 		Egress:          newEgressConfig(),
+		RATLS:           newRATLSConfig(),
 	}
 }
 
@@ -166,6 +168,9 @@ func (c *Config) loosened() map[string]any {
 	if c.Compat.FullAccess {
 		m["compat.full_access"] = true
 	}
+	if c.RATLS.Endpoint {
+		m["ratls.endpoint"] = true
+	}
 	for i := range c.Applications {
 		c.Applications[i].loosened(m)
 	}
@@ -178,6 +183,7 @@ func (c *Config) tighten() {
 	c.OnForeignExtend = def.OnForeignExtend
 	c.Kernel.AllowEnvOverrides = def.Kernel.AllowEnvOverrides
 	c.Compat.FullAccess = def.Compat.FullAccess
+	c.RATLS.Endpoint = def.RATLS.Endpoint
 	c.Applications = tightened(c.Applications)
 }
 

@@ -40,6 +40,8 @@ type daemon struct {
 	access   []status.Access
 	cloud    [2]string // DMI vendor and product
 	channel  *atls.Key // nil: this boot has no agent key
+	extended bell      // rings when RTMR3 may have been extended
+	metrics  *agentMetrics
 
 	mu        sync.Mutex // guards what follows
 	info      guestapi.Info
@@ -61,9 +63,13 @@ type infoKey struct {
 func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *measure.Ledger, hostShared string, files *measure.GuestFiles, log *slog.Logger) (*daemon, error) {
 	s, err := l.Snapshot(ctx)
 	cfg = provableConfig(cfg, b, s, err)
-	d := &daemon{keys: newAppKeys(cfg, hostShared, dir, files), cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), backend: b, ledger: l, files: files,
+	d := &daemon{keys: newAppKeys(cfg, hostShared, dir, files), cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), metrics: newAgentMetrics(), backend: b, ledger: l, files: files,
 		cloud: [2]string{dmi("sys_vendor"), dmi("product_name")}}
-	ac := measure.AttesterConfig{Quoter: b.quoter, Ledger: l, Boot: b.boot, ServeDiverged: cfg.OnForeignExtend == "serve"}
+	quoter := b.quoter
+	if quoter != nil {
+		quoter = timedQuoter{quoter, &d.metrics.took}
+	}
+	ac := measure.AttesterConfig{Quoter: quoter, Ledger: l, Boot: b.boot, ServeDiverged: cfg.OnForeignExtend == "serve"}
 	if files != nil {
 		ac.VMConfig = files.SysConfig.VMConfig
 	}
@@ -143,6 +149,7 @@ func (d *daemon) report(err error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if now != "" && now != d.diverged {
+		d.metrics.foreign.Add(1)
 		d.log.Error("registers and log disagree", "error", now, "on_foreign_extend", d.cfg.OnForeignExtend)
 	}
 	d.diverged = now
@@ -154,6 +161,7 @@ func (d *daemon) Evidence(ctx context.Context, rd measure.ReportData, c guestapi
 	ctx, cancel := context.WithTimeout(ctx, quoteWait)
 	defer cancel()
 	ev, err := d.attester.Evidence(ctx, rd, c.Account())
+	d.metrics.quoted("local", err)
 	if err != nil {
 		if d.report(err) != nil {
 			d.log.Warn("no quote", "error", err)
@@ -185,6 +193,7 @@ func (d *daemon) emit(ctx context.Context, e measure.Entry) (measure.Record, err
 		d.report(err)
 		return measure.Record{}, err
 	}
+	d.extended.ring()
 	d.log.Info("event extended into RTMR3", "event", r.Name, "seq", r.Seq, "rtmr3", r.Next, "caller", r.Caller)
 	return r, nil
 }

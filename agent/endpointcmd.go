@@ -24,12 +24,21 @@ type channelFlags struct {
 	verifierFlags
 	keyTTL time.Duration
 	egress bool
+	ratls  bool
+	// peersSocket is where to say what is known of channels; see peerReport.start.
+	peersSocket string
+	report      *peerReport
 }
 
 func (f *channelFlags) add(cmd *cobra.Command) {
 	f.verifierFlags.add(cmd)
 	cmd.Flags().BoolVar(&f.egress, "egress", false, "dial by way of tdx-agent egress, as a process without a network of its own")
+	cmd.Flags().BoolVar(&f.ratls, "ratls", false, ratlsUsage)
 	cmd.Flags().DurationVar(&f.keyTTL, "key-ttl", 0, "how long a peer may use its measured key instead of a quote, where the policy says require = \"key\"")
+}
+
+func (f *channelFlags) addPeersSocket(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.peersSocket, "peers-socket", "", "socket to say on what is known of channels, for tdx-agent peers and status, and /metrics (default one in the runtime directory; none: no socket)")
 }
 
 // config makes the common part of an end. The policy is required: the built-in one
@@ -47,7 +56,16 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 	if err != nil {
 		return cfg, nil, err
 	}
-	cfg = atls.Config{Verifier: v, KeyTTL: f.keyTTL, Observe: func(h atls.Handshake) { logHandshake(log, h) }}
+	f.report = newPeerReport()
+	cfg = atls.Config{Verifier: v, KeyTTL: f.keyTTL, Observe: func(h atls.Handshake) {
+		logHandshake(log, h)
+		f.report.observe(h)
+	}}
+	reload = f.reloader(v, store, log)
+	if f.ratls {
+		cfg.RATLS, reload.renewer, err = ratlsEnd(ctx, g, log, isAttested)
+		return cfg, reload, err
+	}
 	if isAttested {
 		dir, err := clientRuntimeDir(g.runtimeDir)
 		if err != nil {
@@ -61,7 +79,7 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 		}
 		cfg.Attester = attester
 	}
-	return cfg, f.reloader(v, store, log), nil
+	return cfg, reload, nil
 }
 
 func logHandshake(log *slog.Logger, h atls.Handshake) {
@@ -121,6 +139,10 @@ that cannot be read leaves the last one in force.`,
 			}
 			group, ctx := errgroup.WithContext(cmd.Context())
 			reload.start(ctx, group, l.Reappraise)
+			if err := f.report.start(ctx, group, g, log, "endpoint", f.peersSocket, cfg.Verifier, l.Channels); err != nil {
+				l.Close()
+				return err
+			}
 			log.Info("listening", "address", inner.Addr().String(), "services", lc.Services, "policy", cfg.Verifier.Policy().ID, "generation", cfg.Verifier.Generation())
 			group.Go(func() error {
 				return forward.Inbound(ctx, l, log, func(ctx context.Context, peer *atls.Peer) (net.Conn, error) {
@@ -131,6 +153,7 @@ that cannot be read leaves the last one in force.`,
 		},
 	}
 	f.add(cmd)
+	f.addPeersSocket(cmd)
 	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:8443", "address to listen on, or unix:PATH")
 	cmd.Flags().StringArrayVar(&services, "service", nil, "NAME=ADDRESS: a service that peers may ask for, and where it listens (HOST:PORT or unix:PATH)")
 	cmd.Flags().StringArrayVar(&unattested, "allow-unattested-clients", nil, "name of a service that takes clients which prove nothing; the policy must allow it too")
@@ -195,7 +218,10 @@ func (f *dialFlags) add(cmd *cobra.Command) {
 }
 
 func (f *dialFlags) dialer(cmd *cobra.Command, g *globals, log *slog.Logger) (*atls.Dialer, *reloader, error) {
-	if f.service == "" || len(f.expect) == 0 {
+	if f.ratls && f.service != "" {
+		return nil, nil, exitf(exitUsage, "--service does not go with --ratls: RA-TLS names no service")
+	}
+	if f.service == "" && !f.ratls || len(f.expect) == 0 {
 		return nil, nil, exitf(exitUsage, "give --service and --expect: the service at the peer, and the policy entry that may accept it")
 	}
 	cfg, reload, err := f.config(cmd.Context(), g, log, !f.unattested)
@@ -252,12 +278,13 @@ SIGHUP reloads the policy as for endpoint.`,
 				return d.DialContext(ctx, "tcp", args[0], f.service, f.expect)
 			}
 			if listen == "" {
+				defer reload.once(cmd.Context())()
 				c, err := dial(cmd.Context())
 				if err != nil {
 					return channelExit(err)
 				}
 				peer, _ := atls.PeerFromConn(c)
-				fmt.Fprintf(cmd.ErrOrStderr(), "%sconnected to %q, ref %s\n", banner(isSimulated(peer)), peer.Entry(), peer.Ref)
+				fmt.Fprintf(cmd.ErrOrStderr(), "%sconnected to %q, assurance %s%s\n", banner(isSimulated(peer)), peer.Entry(), peer.Assurance(), refText(peer.Ref))
 				return forward.Pipe(cmd.Context(), c, cmd.InOrStdin(), cmd.OutOrStdout())
 			}
 			l, err := listenAddress(cmd.Context(), listen)
@@ -266,28 +293,44 @@ SIGHUP reloads the policy as for endpoint.`,
 			}
 			group, ctx := errgroup.WithContext(cmd.Context())
 			reload.start(ctx, group, d.Reappraise)
+			if err := f.report.start(ctx, group, g, log, "connect", f.peersSocket, reload.verifier, d.Channels); err != nil {
+				l.Close()
+				return err
+			}
 			log.Info("listening", "address", l.Addr().String(), "peer", args[0], "service", f.service, "expect", f.expect)
 			group.Go(func() error { return forward.Outbound(ctx, l, log, dial) })
 			return endGroup(cmd.Context(), group)
 		},
 	}
 	f.add(cmd)
+	f.addPeersSocket(cmd)
 	cmd.Flags().StringVar(&listen, "listen", "", "local socket to serve: unix:PATH, or HOST:PORT, which every container with the host's network can reach")
 	return cmd
+}
+
+func refText(ref string) string {
+	if ref == "" {
+		return "" // RA-TLS has none
+	}
+	return ", ref " + ref
 }
 
 func newFetch(g *globals) *cobra.Command {
 	var f dialFlags
 	cmd := &cobra.Command{
-		Use:     "fetch URL",
-		Short:   "Get an http URL over an attested channel",
-		Example: "  tdx-agent fetch --policy policy.toml --expect worker --service web http://10.0.0.2:8443/status",
-		Args:    cobra.ExactArgs(1),
+		Use:   "fetch URL",
+		Short: "Get an http URL over an attested channel, or an https URL of a dstack peer",
+		Example: `  tdx-agent fetch --policy policy.toml --expect worker --service web http://10.0.0.2:8443/status
+  tdx-agent fetch --ratls --policy policy.toml --expect gateway https://10.0.0.3:8000/status`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if !strings.HasPrefix(args[0], "http://") {
+			switch {
+			case f.ratls && !strings.HasPrefix(args[0], "https://"):
+				return exitf(exitUsage, "URL is %q, want https://HOST:PORT/PATH with --ratls", args[0])
+			case !f.ratls && !strings.HasPrefix(args[0], "http://"):
 				return exitf(exitUsage, "URL is %q, want http://HOST:PORT/PATH: the attested channel is below HTTP", args[0])
 			}
-			d, _, err := f.dialer(cmd, g, warnings(cmd.ErrOrStderr()))
+			d, reload, err := f.dialer(cmd, g, warnings(cmd.ErrOrStderr()))
 			if err != nil {
 				return err
 			}
@@ -299,6 +342,10 @@ func newFetch(g *globals) *cobra.Command {
 			}
 			transport := atls.NewTransport(d, f.service, f.expect)
 			defer transport.CloseIdleConnections()
+			defer reload.once(ctx)()
+			if f.ratls {
+				transport.DialTLSContext = transport.DialContext // the connection has its TLS
+			}
 			resp, err := transport.RoundTrip(req) // no redirect: another host may be another service
 			if err != nil {
 				return channelExit(err)

@@ -14,6 +14,7 @@ import (
 
 	"tdx-agent/remote"
 	"tdx-agent/remote/collateral"
+	"tdx-agent/remote/ratls"
 )
 
 // reloader replaces the policy of a Verifier when the process gets SIGHUP: everything
@@ -25,6 +26,7 @@ type reloader struct {
 	store    *collateral.Store
 	log      *slog.Logger
 	hangups  chan os.Signal
+	renewer  *ratls.Renewer // nil: not RA-TLS, or without a certificate
 }
 
 func (f *verifierFlags) reloader(v *remote.Verifier, store *collateral.Store, log *slog.Logger) *reloader {
@@ -32,11 +34,29 @@ func (f *verifierFlags) reloader(v *remote.Verifier, store *collateral.Store, lo
 }
 
 // start works in group until ctx ends, and takes SIGHUP from here on, which like every
-// signal comes to the first thread, and that one does nothing else. After a reload reappraise judges those who are connected
-// anew and says how many are denied now; nil is nobody.
+// signal comes to the first thread, and that one does nothing else. After a reload
+// reappraise judges those who are connected anew and says how many are denied now; nil
+// is nobody.
 func (r *reloader) start(ctx context.Context, group *errgroup.Group, reappraise func(context.Context) int) {
 	signal.Notify(r.hangups, syscall.SIGHUP)
+	if r.renewer != nil {
+		group.Go(func() error { return r.renewer.Run(ctx) })
+	}
 	group.Go(func() error { return r.run(ctx, reappraise) })
+}
+
+// once is for a command that dials once: it only keeps the certificate, until stop.
+func (r *reloader) once(ctx context.Context) (stop func()) {
+	if r.renewer == nil {
+		return func() {}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r.renewer.Run(ctx)
+	}()
+	return func() { cancel(); <-done }
 }
 
 func (r *reloader) run(ctx context.Context, reappraise func(context.Context) int) error {

@@ -27,8 +27,12 @@ func (d runtimeDir) simulatedRoot() string {
 func (d runtimeDir) simulatedCollateral() string {
 	return d.path("simulated-collateral.json")
 }
-func (d runtimeDir) agentSocket() string   { return d.path("agent.sock") }
-func (d runtimeDir) adminSocket() string   { return d.path("admin.sock") }
+func (d runtimeDir) agentSocket() string { return d.path("agent.sock") }
+func (d runtimeDir) adminSocket() string { return d.path("admin.sock") }
+func (d runtimeDir) peers() string       { return d.path("peers") }
+func (d runtimeDir) peerSocket(name string) string {
+	return filepath.Join(d.peers(), name+".sock")
+}
 func (d runtimeDir) channelSocket() string { return d.path("channel.sock") }
 func (d runtimeDir) egressSocket() string  { return d.path("egress.sock") }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -66,6 +67,7 @@ func TestScripts(t *testing.T) {
 			"flip":          scriptFlip,
 			"substitute":    scriptSubstitute,
 			"waitfor":       scriptWaitFor,
+			"hold-http":     scriptHoldHTTP,
 			"post-file":     scriptPostFile,
 			"replace-value": scriptReplaceValue,
 			"appkeys":       scriptAppKeys,
@@ -79,6 +81,7 @@ func TestScripts(t *testing.T) {
 			"hold":          scriptHold,
 			"append":        scriptAppend,
 			"cut-lines":     scriptCutLines,
+			"newcert":       scriptNewCert,
 		},
 	})
 }
@@ -128,6 +131,19 @@ func scriptExits(ts *testscript.TestScript, _ bool, args []string) {
 	if strconv.Itoa(got) != args[0] {
 		ts.Fatalf("exit status is %d, want %s", got, args[0])
 	}
+}
+
+// scriptHoldHTTP opens a connection to an HTTP server on a Unix socket, and keeps it until
+// the session ends.
+func scriptHoldHTTP(ts *testscript.TestScript, _ bool, args []string) {
+	c, err := net.Dial("unix", args[0])
+	ts.Check(err)
+	ts.Defer(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	_, err = io.WriteString(c, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	ts.Check(err)
+	_, err = io.ReadFull(c, make([]byte, 1))
+	ts.Check(err)
 }
 
 // scriptWaitFor waits until a Unix socket, or HOST:PORT, takes connections, at most 20 s.
@@ -350,4 +366,21 @@ func scriptHold(ts *testscript.TestScript, _ bool, args []string) {
 	c, err := net.Dial("unix", args[0])
 	ts.Check(err)
 	ts.Defer(func() { c.Close() })
+}
+
+// scriptNewCert waits until a TLS server shows another certificate than the one in a
+// file, at most 20 s: newcert FILE ADDRESS.
+func scriptNewCert(ts *testscript.TestScript, _ bool, args []string) {
+	block, _ := pem.Decode([]byte(ts.ReadFile(args[0])))
+	for range 60 {
+		c, err := tls.Dial("tcp", args[1], &tls.Config{InsecureSkipVerify: true})
+		ts.Check(err)
+		shown := c.ConnectionState().PeerCertificates[0].Raw
+		c.Close()
+		if !bytes.Equal(shown, block.Bytes) {
+			return
+		}
+		time.Sleep(300 * time.Millisecond) // an endpoint takes 5 a second from one address
+	}
+	ts.Fatalf("%s still shows the certificate in %s", args[1], args[0])
 }

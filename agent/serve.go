@@ -113,7 +113,11 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])
 	d.start(ctx, group, newHTTPServer(d.adminHandler()), listeners[socketAdmin])
 	if l := listeners[socketChannel]; l != nil {
-		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"channel evidence"}})
+		grants := []string{"channel evidence"}
+		if d.cfg.RATLS.Endpoint {
+			grants = append(grants, "RA-TLS certificate evidence")
+		}
+		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: grants})
 		d.start(ctx, group, newHTTPServer(d.channelHandler()), l)
 	}
 	if l := listeners[socketWorker]; l != nil {
@@ -157,9 +161,22 @@ func (d *daemon) start(ctx context.Context, group *errgroup.Group, s server, l n
 	})
 }
 
-func newHTTPServer(h http.Handler) *http.Server {
-	return &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
-		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ConnContext: guestapi.ConnContext, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
+// The bounds of what is open at once on a socket that is not dstack's.
+const (
+	maxConns       = 128
+	maxConnsPerUID = 64
+)
+
+// boundServer is an HTTP server that turns away connections beyond its bounds.
+type boundServer struct{ *http.Server }
+
+func (s boundServer) Serve(l net.Listener) error {
+	return s.Server.Serve(guestapi.LimitListener(l, maxConns, maxConnsPerUID))
+}
+
+func newHTTPServer(h http.Handler) boundServer {
+	return boundServer{&http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ConnContext: guestapi.ConnContext, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}}
 }
 
 // announce tells whoever started the agent that it serves. The self check came before;

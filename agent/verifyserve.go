@@ -77,7 +77,7 @@ SIGHUP reloads the policy; one that cannot be read leaves the last one in force.
 }
 
 // serveHTTP serves until ctx ends; requests then have a moment to finish.
-func serveHTTP(ctx context.Context, s *http.Server, l net.Listener) error {
+func serveHTTP(ctx context.Context, s server, l net.Listener) error {
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
 	select {

@@ -2,6 +2,7 @@ package measure
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -37,6 +38,7 @@ type Attester struct {
 type QuoteStats struct {
 	OK          int       `json:"ok"`
 	Failed      int       `json:"failed"`
+	Busy        int       `json:"busy"` // refused, because too many waited
 	LastSuccess time.Time `json:"last_success,omitzero"`
 	LastFailure time.Time `json:"last_failure,omitzero"`
 	LastError   string    `json:"last_error,omitempty"` // of the last failure, until a quote works
@@ -94,6 +96,10 @@ func (a *Attester) counted(ctx context.Context, rd ReportData, l *line, caller s
 	ev, quote, err := a.evidence(ctx, rd, l, caller)
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if errors.As(err, new(*BusyError)) {
+		a.stats.Busy++
+		return nil, err
+	}
 	if err != nil {
 		a.stats.Failed++
 		a.stats.LastFailure, a.stats.LastError = time.Now().UTC(), err.Error()

@@ -155,6 +155,9 @@ func TestTooLate(t *testing.T) {
 		if n := g.asked.Load() - before; n != 11 {
 			t.Errorf("the host made %d quotes, want 11", n)
 		}
+		if s := g.Stats(); s.Busy != 1 || s.Failed != 0 {
+			t.Errorf("stats are %+v, want one that was busy and none that failed", s)
+		}
 	})
 }
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"tdx-agent/measure"
+	"tdx-agent/remote/cache"
 	"tdx-agent/remote/collateral"
 	"tdx-agent/remote/dcap"
 )
@@ -38,6 +39,7 @@ type Config struct {
 type Verifier struct {
 	cfg    Config
 	logs   *logs
+	leaves *cache.Cache[leafKey, *leafVerdict]
 	active atomic.Pointer[active]
 	set    sync.Mutex // held by SetPolicy
 }
@@ -55,7 +57,7 @@ func NewVerifier(cfg Config) (*Verifier, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	v := &Verifier{cfg: cfg, logs: newLogs()}
+	v := &Verifier{cfg: cfg, logs: newLogs(), leaves: cache.New[leafKey, *leafVerdict](maxLeaves)}
 	return v, v.SetPolicy(cfg.Policy, cfg.Collateral)
 }
 
@@ -88,6 +90,9 @@ func (v *Verifier) SetPolicy(p *Policy, store *collateral.Store) error {
 		dcap: dcap.NewVerifier(dcap.Config{Roots: roots, SecondOpinion: !v.cfg.NoSecondOpinion, StaleGrace: store.StaleGrace()})})
 	return nil
 }
+
+// Collateral returns the store in use.
+func (v *Verifier) Collateral() *collateral.Store { return v.active.Load().store }
 
 // Policy returns the policy in force.
 func (v *Verifier) Policy() *Policy { return v.active.Load().policy }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"strings"
 	"sync"
@@ -235,8 +236,9 @@ func TestSlowClients(t *testing.T) {
 
 func TestConnectionCaps(t *testing.T) {
 	for name, limit := range map[string]func(*guestapi.Config){
-		"total":    func(c *guestapi.Config) { c.MaxConns = 2 },
-		"per user": func(c *guestapi.Config) { c.MaxConnsPerUID = 2 },
+		"total":                      func(c *guestapi.Config) { c.MaxConns = 2 },
+		"per user":                   func(c *guestapi.Config) { c.MaxConnsPerUID = 2 },
+		"per user and control group": func(c *guestapi.Config) { c.MaxConnsPerCaller = 2 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := config(guestapi.Dstack, newTestGuest())
@@ -263,6 +265,41 @@ func TestConnectionCaps(t *testing.T) {
 			}
 			awaitSlot(t, path)
 		})
+	}
+}
+
+// TestTurnedAwayClientSeesWhy: a client that is still sending its request must not end
+// with a broken pipe. However many are turned away at once, all are.
+func TestTurnedAwayClientSeesWhy(t *testing.T) {
+	cfg := config(guestapi.Dstack, newTestGuest())
+	cfg.MaxConns = 1
+	path := serve(t, cfg)
+	held := dial(t, path)
+	io.WriteString(held, "GET /Version HTTP/1.1\r\nHost: x\r\n\r\n")
+	readOne(t, bufio.NewReader(held))
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}}}
+	for _, size := range []int{0, 100, 60 << 10} {
+		for range 20 {
+			resp, err := client.Post("http://localhost/GetQuote", "application/json", strings.NewReader(strings.Repeat(" ", size)))
+			if err != nil {
+				t.Fatalf("a request of %d bytes: %v", size, err)
+			}
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusTooManyRequests || resp.Header.Get(guestapi.ExitHeader) != "9" {
+				t.Errorf("a request of %d bytes: %s", size, resp.Status)
+			}
+		}
+	}
+	var silent []net.Conn
+	for range 100 {
+		silent = append(silent, dial(t, path))
+	}
+	for _, conn := range silent {
+		if raw, err := io.ReadAll(conn); err != nil || parse(t, string(raw)).status != 429 {
+			t.Errorf("one of a hundred: %v %.80q", err, raw)
+		}
 	}
 }
 

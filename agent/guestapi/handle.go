@@ -97,6 +97,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-App-Version", "v"+s.cfg.Version+" ("+s.cfg.Revision+")")
 	}
 	answer.write(w)
+	s.observe(name, answer.status)
 	level := levelOf(answer.status)
 	if !s.cfg.Logger.Enabled(r.Context(), level) {
 		return
@@ -105,6 +106,16 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		slog.String("service", s.cfg.Surface.String()), slog.String("method", clip(name)),
 		slog.Int("status", answer.status), slog.Duration("took", time.Since(start)),
 		slog.String("caller", peer.caller.String()), slog.String("error", answer.text))
+}
+
+func (s *Server) observe(name string, status int) {
+	if s.cfg.Observe == nil {
+		return
+	}
+	if _, known := s.methods[name]; !known {
+		name = ""
+	}
+	s.cfg.Observe(name, status)
 }
 
 func levelOf(status int) slog.Level {

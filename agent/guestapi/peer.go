@@ -2,6 +2,7 @@ package guestapi
 
 import (
 	"context"
+	"io"
 	"net"
 	"sync"
 	"syscall"
@@ -26,14 +27,10 @@ func (c *peerConn) Close() error {
 	return c.Conn.Close()
 }
 
-// ConnContext is for a server of another kind, as its ConnContext: [CallerOf] then knows
-// who is calling.
+// ConnContext is for a server of another kind on a [LimitListener], as its ConnContext:
+// [CallerOf] then knows who is calling.
 func ConnContext(ctx context.Context, conn net.Conn) context.Context {
-	peer, ok := conn.(*peerConn)
-	if !ok {
-		peer = &peerConn{Conn: conn, caller: newIdentifier().caller(conn)}
-	}
-	return context.WithValue(ctx, peerKey{}, peer)
+	return context.WithValue(ctx, peerKey{}, conn)
 }
 
 // CallerOf returns the caller of a request from its context, or an unknown one.
@@ -44,25 +41,32 @@ func CallerOf(ctx context.Context) Caller {
 	return Caller{}
 }
 
-// slots counts the open connections of one server.
+// slots counts the open connections of one server. Known callers have a share of their
+// user's: where most containers run as root, one must not shut out the others.
 type slots struct {
-	total, perUID int
+	total, perUID, perAccount int
 
-	mu    sync.Mutex // guards what follows
-	open  int
-	byUID map[uint32]int // of known callers; no entry is 0
+	mu        sync.Mutex // guards what follows
+	open      int
+	byUID     map[uint32]int     // of known callers; no entry is 0
+	byAccount map[accountKey]int // the same
+}
+
+func newSlots(total, perUID, perAccount int) *slots {
+	return &slots{total: total, perUID: perUID, perAccount: perAccount, byUID: map[uint32]int{}, byAccount: map[accountKey]int{}}
 }
 
 // take occupies a slot and returns what frees it, or reports that none is left.
 func (s *slots) take(c Caller) (release func(), ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.open >= s.total || c.Known && s.byUID[c.UID] >= s.perUID {
+	if s.open >= s.total || c.Known && (s.byUID[c.UID] >= s.perUID || s.byAccount[c.account()] >= s.perAccount) {
 		return nil, false
 	}
 	s.open++
 	if c.Known {
 		s.byUID[c.UID]++
+		s.byAccount[c.account()]++
 	}
 	return sync.OnceFunc(func() { s.free(c) }), true
 }
@@ -77,14 +81,29 @@ func (s *slots) free(c Caller) {
 	if s.byUID[c.UID]--; s.byUID[c.UID] == 0 {
 		delete(s.byUID, c.UID)
 	}
+	if s.byAccount[c.account()]--; s.byAccount[c.account()] == 0 {
+		delete(s.byAccount, c.account())
+	}
+}
+
+// LimitListener bounds how many connections of ln are open at once: total of all
+// users, and perUID of one that the kernel knows. What is beyond is told so, with
+// status 429, and closed.
+func LimitListener(ln net.Listener, total, perUID int) net.Listener {
+	return newPeerListener(ln, newSlots(total, perUID, perUID))
 }
 
 // peerListener accepts connections as *peerConn, and turns away those that find no
 // slot.
 type peerListener struct {
 	net.Listener
-	slots    *slots
-	identify *identifier
+	slots      *slots
+	identify   *identifier
+	turnedAway chan struct{} // holds one for each connection that is told so
+}
+
+func newPeerListener(ln net.Listener, s *slots) *peerListener {
+	return &peerListener{Listener: ln, slots: s, identify: newIdentifier(), turnedAway: make(chan struct{}, maxTurnedAway)}
 }
 
 func (l *peerListener) Accept() (net.Conn, error) {
@@ -97,19 +116,50 @@ func (l *peerListener) Accept() (net.Conn, error) {
 		if release, ok := l.slots.take(caller); ok {
 			return &peerConn{Conn: conn, caller: caller, release: release}, nil
 		}
-		turnAway(conn)
+		l.turnAway(conn)
 	}
 }
 
-// turnAway answers a connection without reading its request. The answer fits into
-// the empty socket buffer, so a client that does not read cannot hold up the others.
-func turnAway(conn net.Conn) {
+// Bounds of what is done for connections that are turned away.
+const (
+	maxTurnedAway = 32 // at once; more are closed without waiting for their request
+	awaitRequest  = 100 * time.Millisecond
+	awaitClose    = time.Second
+)
+
+// turnAway tells the other end why, and closes conn. To a client an answer that comes
+// before its request, or an end while it still sends, is a broken connection. So that
+// it gets to see the answer, turnAway waits a moment for the request, where few do.
+func (l *peerListener) turnAway(conn net.Conn) {
+	select {
+	case l.turnedAway <- struct{}{}:
+	default:
+		refuse(conn)
+		conn.Close()
+		return
+	}
+	go func() { // ends by the deadlines
+		defer func() { <-l.turnedAway }()
+		defer conn.Close()
+		conn.SetReadDeadline(time.Now().Add(awaitRequest))
+		conn.Read(make([]byte, 1))
+		refuse(conn)
+		if c, ok := conn.(interface{ CloseWrite() error }); ok {
+			c.CloseWrite()
+		}
+		conn.SetReadDeadline(time.Now().Add(awaitClose))
+		io.Copy(io.Discard, io.LimitReader(conn, maxLargeBody+maxHeader))
+	}()
+}
+
+// refuse writes an answer that fits into the empty socket buffer, so a client that
+// does not read cannot hold up the others.
+func refuse(conn net.Conn) {
 	const body = "{\n  \"error\": \"too many open connections: close some or try again later\"\n}"
 	const head = "HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\nContent-Length: 73\r\n" +
 		"Retry-After: 1\r\n" + ExitHeader + ": 9\r\nConnection: close\r\n\r\n"
 	conn.SetWriteDeadline(time.Now().Add(time.Millisecond))
 	conn.Write([]byte(head + body))
-	conn.Close()
 }
 
 // control runs f on the descriptor of conn, if it has one, and reports whether it did.

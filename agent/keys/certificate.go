@@ -98,7 +98,7 @@ var errNoAuthority = errors.New("the application's certificates are issued by it
 func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, attest Attest) (*TLSKey, error) {
 	defer secret.Zero()
 	a.mu.RLock()
-	ca, kms, dropped := a.authority, a.kms, a.key == nil
+	ca, kms, dropped, omitLegacy := a.authority, a.kms, a.key == nil, a.omitLegacy
 	a.mu.RUnlock()
 	if dropped {
 		return nil, errDropped
@@ -110,7 +110,7 @@ func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, a
 	var chain []string
 	switch {
 	case ca != nil:
-		chain, err = ca.certify(ctx, key, &r, attest)
+		chain, err = ca.certify(ctx, key, &r, attest, omitLegacy)
 	case kms != nil:
 		chain, err = kms.certify(ctx, key, &r, attest)
 	default:
@@ -204,7 +204,7 @@ func (r *CertificateRequest) template() *x509.Certificate {
 
 // extensions makes dstack's extensions for a key. There is a quote only where it ends
 // up in the certificate, or where what it says does.
-func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKey, attest Attest) ([]pkix.Extension, error) {
+func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKey, attest Attest, omitLegacy bool) ([]pkix.Extension, error) {
 	list := []pkix.Extension{ratls.UsageExtension(ratls.UsageApp)}
 	if !r.RATLS && !r.AppInfo {
 		return list, nil
@@ -214,7 +214,7 @@ func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKe
 		return nil, err
 	}
 	if r.RATLS {
-		evidence, err := ratls.Extensions(ev.Evidence, ev.spki)
+		evidence, err := ev.extensions(omitLegacy)
 		if err != nil {
 			return nil, err
 		}

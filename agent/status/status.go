@@ -30,7 +30,10 @@ type Status struct {
 	// Access says what each socket gives to whoever can open it.
 	Access []Access `json:"access"`
 	Audit  Audit    `json:"audit"`
-	Notes  []string `json:"notes"`
+	// Peers is what the processes with channels say. The status command asks them; the
+	// agent does not know.
+	Peers *PeersSummary `json:"peers,omitempty"`
+	Notes []string      `json:"notes"`
 }
 
 // Time is a moment as RFC 3339 in UTC.

@@ -34,6 +34,9 @@ func (s *Status) WriteText(w io.Writer) error {
 	if !q.LastFailure.IsZero() {
 		fmt.Fprintf(b, " (last %s)", q.LastFailure.Format(time.RFC3339))
 	}
+	if q.Busy > 0 {
+		fmt.Fprintf(b, ", %d refused as too many", q.Busy)
+	}
 	fmt.Fprintf(b, ", %d callers waiting", q.Waiting)
 	if !q.LastSuccess.IsZero() {
 		fmt.Fprintf(b, "; last %s took %d ms", q.LastSuccess.Format(time.RFC3339), q.LastMillis)
@@ -41,6 +44,9 @@ func (s *Status) WriteText(w io.Writer) error {
 	b.WriteByte('\n')
 	if q.LastError != "" {
 		fmt.Fprintf(b, "  the last quote failed: %s\n", q.LastError)
+	}
+	if s.Peers != nil {
+		s.Peers.write(b)
 	}
 	for _, a := range s.Access {
 		a.writeText(b)

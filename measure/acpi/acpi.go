@@ -7,6 +7,7 @@
 // like a manipulated machine. What a profile's bytes were held against is what
 // [Profile.Proven] says; the tests do it again.
 //
+//   - QEMU 7.2, on which no TD ran: whole files of the stock QEMU, with up to 255 vCPUs.
 //   - QEMU 8: event logs of dstack guests on TDX hardware.
 //   - QEMU 9.2: RTMR0 that is published for a GPU guest. With hotplug, and for 9.0, 9.1 and
 //     11.0, there are only digests that dstack publishes for its own model.
@@ -60,7 +61,7 @@ func (f *files) tables(d dialect) {
 		f.s.pointer(tablesFile, at+p.offset, p.size)
 	}
 	f.addEntry("FACP", 3, func(b []byte) []byte { return fadt(b, f.m, facsAt, dsdtAt) })
-	f.addEntry("APIC", 3, func(b []byte) []byte { return madt(b, f.m, d) })
+	f.addEntry("APIC", d.madtRevision(), func(b []byte) []byte { return madt(b, f.m, d) })
 	if f.m.HPET {
 		f.addEntry("HPET", 1, hpet)
 	}

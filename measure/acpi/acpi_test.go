@@ -22,7 +22,7 @@ func TestUnknown(t *testing.T) {
 		want string
 	}{
 		{"no profile", func(m *acpi.Machine) { m.QEMU = 0 }, "unknown QEMU profile 0"},
-		{"profile of the future", func(m *acpi.Machine) { m.QEMU = acpi.QEMU11_1 + 1 }, "unknown QEMU profile 7"},
+		{"profile of the future", func(m *acpi.Machine) { m.QEMU = acpi.QEMU11_1 + 1 }, "unknown QEMU profile 8"},
 		{"negative profile", func(m *acpi.Machine) { m.QEMU = -1 }, "unknown QEMU profile -1"},
 		{"no vCPU", func(m *acpi.Machine) { m.CPUs = 0 }, "0 vCPUs"},
 		{"vCPUs before QEMU 10", func(m *acpi.Machine) { m.QEMU, m.PIC, m.CPUs = acpi.QEMU8, true, 255 }, "255 vCPUs: tables of QEMU 8 are known for 1 to 254"},
@@ -65,7 +65,7 @@ func TestUnknown(t *testing.T) {
 
 func TestParseProfile(t *testing.T) {
 	for version, want := range map[string]acpi.Profile{
-		"8.0.0": acpi.QEMU8, "8.2": acpi.QEMU8, "8.2.2": acpi.QEMU8, "8.2.2+tdx1.0": acpi.QEMU8, "8.2.8": acpi.QEMU8,
+		"7.2.22": acpi.QEMU7_2, "8.0.0": acpi.QEMU8, "8.2": acpi.QEMU8, "8.2.2": acpi.QEMU8, "8.2.2+tdx1.0": acpi.QEMU8, "8.2.8": acpi.QEMU8,
 		"9.0.2": acpi.QEMU9_1, "9.1.0": acpi.QEMU9_1, "9.1.2": acpi.QEMU9_1,
 		"9.2.1": acpi.QEMU9_2, "9.2.4 (v9.2.4)": acpi.QEMU9_2,
 		"10.0.3": acpi.QEMU10, "10.2.0": acpi.QEMU10, "10.0.2-2~bpo": acpi.QEMU10,
@@ -79,7 +79,7 @@ func TestParseProfile(t *testing.T) {
 		"": "want major.minor", "10": "want major.minor", "10.0.0.1": "want major.minor", "10.x": "want major.minor",
 		"-1.0": "want major.minor", "10.256": "want major.minor", "v10.0": "want major.minor", "10..0": "want major.minor",
 		// not known, each of another table than its neighbours
-		"7.2.22": "not known", "8.2.9": "not known", "8.3.0": "not known", "9.1.3": "not known", "9.2.0": "not known",
+		"7.1.0": "not known", "8.2.9": "not known", "8.3.0": "not known", "9.1.3": "not known", "9.2.0": "not known",
 		"9.2": "not known", "9.3.0": "not known", "10.3.0": "not known", "11.2.0": "not known", "12.0.0": "not known",
 	} {
 		if p, err := acpi.ParseProfile(version); p != 0 || err == nil || !strings.Contains(err.Error(), want) {
@@ -91,7 +91,7 @@ func TestParseProfile(t *testing.T) {
 // TestProven wants an honest word on every profile, and none of proof on what is none.
 func TestProven(t *testing.T) {
 	for p, want := range map[acpi.Profile]string{
-		0: "unproven", acpi.QEMU8: "hardware", acpi.QEMU9_1: "unproven", acpi.QEMU9_2: "registers",
+		0: "unproven", acpi.QEMU7_2: "qtest", acpi.QEMU8: "hardware", acpi.QEMU9_1: "unproven", acpi.QEMU9_2: "registers",
 		acpi.QEMU10: "qtest", acpi.QEMU11_0: "unproven", acpi.QEMU11_1: "qtest", acpi.QEMU11_1 + 1: "unproven",
 	} {
 		if got := p.Proven(); !strings.Contains(got, want) {

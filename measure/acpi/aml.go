@@ -25,6 +25,7 @@ const (
 	parent       = "\x5e"
 
 	storeOp            = "\x70"
+	addOp              = "\x72"
 	subtractOp         = "\x74"
 	incrementOp        = "\x75"
 	shiftLeftOp        = "\x79"

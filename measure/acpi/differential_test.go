@@ -187,7 +187,8 @@ func version(t *testing.T, qemu string) string {
 }
 
 // TestDifferential compares whole files with what stock QEMUs serve. The first QEMU of a
-// profile meets every machine, a further one or a short run every eighth.
+// profile meets every machine if TDX_AGENT_QEMU names it; a further one, and one that only
+// happens to be there, meet every eighth. QEMU 7.2 starts no more than 255 vCPUs.
 func TestDifferential(t *testing.T) {
 	seen := make(map[acpi.Profile]bool)
 	for _, qemu := range qemus(t) {
@@ -198,7 +199,7 @@ func TestDifferential(t *testing.T) {
 				t.Skip(err)
 			}
 			stride := 1
-			if seen[profile] || testing.Short() {
+			if seen[profile] || os.Getenv("TDX_AGENT_QEMU") == "" {
 				stride = 8
 			}
 			seen[profile] = true
@@ -213,7 +214,7 @@ func TestDifferential(t *testing.T) {
 			}
 			count := 0
 			for i, m := range matrix() {
-				if i%stride == 0 {
+				if i%stride == 0 && (m.CPUs <= 255 || profile != acpi.QEMU7_2) {
 					m.QEMU = profile
 					jobs <- m
 					count++

@@ -3,7 +3,7 @@ package acpi
 // dsdt writes the definition block of m, in QEMU's order.
 func (a *aml) dsdt(m *Machine, d dialect) {
 	a.debugPort()
-	a.hostBridge(m)
+	a.hostBridge(m, d)
 	if !m.HotplugOff {
 		a.slotHotplug(d)
 	}
@@ -17,14 +17,14 @@ func (a *aml) dsdt(m *Machine, d dialect) {
 	})
 	a.cpuHotplug(m, d)
 	if m.Expander {
-		a.expander()
+		a.expander(d)
 	}
 	a.hostBridgeResources(m)
 	a.sleepStates()
 	a.firmwareConfig()
 	a.rootBus(m, d)
 	if !m.HotplugOff {
-		a.slotEvents(m)
+		a.slotEvents(m, d)
 	}
 }
 
@@ -44,15 +44,20 @@ func (a *aml) debugPort() {
 }
 
 // hostBridge writes the root bus and the window of its configuration space.
-func (a *aml) hostBridge(m *Machine) {
+func (a *aml) hostBridge(m *Machine, d dialect) {
 	a.block(scopeOp, "_SB_", func() {
 		a.block(deviceOp, "PCI0", func() {
 			a.hid("PNP0A08")
 			a.put(nameOp + "_CID")
 			a.eisaID("PNP0A03")
+			if d.before8 {
+				a.put(nameOp + "_ADR" + zeroOp)
+			}
 			a.put(nameOp + "_UID" + zeroOp)
 			a.operatingSystemControl(m.HotplugOff)
-			a.deviceLabel()
+			if !d.before8 {
+				a.deviceLabel()
+			}
 		})
 		a.block(deviceOp, "DRAC", func() {
 			a.put(nameOp + "_HID")

@@ -13,7 +13,7 @@ func (m *Machine) lastBus() uint16 {
 
 // expander writes the host bridge of a NUMA node (pxb-pcie) that has nothing behind it. With
 // devices there, its resources would be what the firmware made of them.
-func (a *aml) expander() {
+func (a *aml) expander(d dialect) {
 	a.block(scopeOp, root+"_SB_", func() {
 		a.block(deviceOp, "PC05", func() {
 			const bus = bytePrefix + "\x05"
@@ -24,6 +24,10 @@ func (a *aml) expander() {
 			a.operatingSystemControl(true)
 			a.put(nameOp + "_PXM" + zeroOp)
 			a.method("_PRT", 0, func() {
+				if d.before8 {
+					a.computedRoutes()
+					return
+				}
 				a.put(returnOp)
 				a.block(packageOp, "\x80", a.expanderRoutes)
 			})

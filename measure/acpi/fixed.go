@@ -100,7 +100,7 @@ func address(b []byte, width byte, port uint64) []byte {
 func madt(b []byte, m *Machine, d dialect) []byte {
 	const pcatCompatible = 1
 	b = u32(b, localAPIC)
-	if m.PIC {
+	if m.PIC || d.before8 {
 		b = u32(b, pcatCompatible)
 	} else {
 		b = u32(b, 0)

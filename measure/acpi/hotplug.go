@@ -9,11 +9,14 @@ const labelUUID = "\xd0\x37\xc9\xe5\x53\x35\x7a\x4d\x91\x17\xea\x4d\x19\xc3\x43\
 
 // labelFunctions opens the answer to a _DSM: function 0, a bit map of the functions there are,
 // which is empty for another interface or an old revision.
-func (a *aml) labelFunctions(bitmap string) {
+func (a *aml) labelFunctions(bitmap string, d dialect) {
 	a.block(ifOp, equalOp+arg2+zeroOp, func() {
 		a.put(storeOp)
 		a.short(bufferOp, oneOp+"\x00")
 		a.put(local0)
+		if d.before8 {
+			a.put(storeOp + zeroOp + local1)
+		}
 		a.block(ifOp, logicalNotOp+equalOp+arg0, func() {
 			a.short(bufferOp, bytePrefix+"\x10"+labelUUID)
 			a.put(returnOp + local0)
@@ -22,7 +25,7 @@ func (a *aml) labelFunctions(bitmap string) {
 		if bitmap != "" {
 			a.put(bitmap)
 		} else {
-			a.askIndexBitmap()
+			a.askIndexBitmap(d)
 		}
 		a.put(returnOp + local0)
 	})
@@ -38,8 +41,11 @@ const (
 )
 
 // askIndexBitmap fills the bit map of a device that may have an index: functions 0 and 7.
-func (a *aml) askIndexBitmap() {
-	a.put(storeOp + zeroOp + local1 + askIndex)
+func (a *aml) askIndexBitmap(d dialect) {
+	if !d.before8 {
+		a.put(storeOp + zeroOp + local1)
+	}
+	a.put(askIndex)
 	a.short(ifOp, logicalNotOp+orOp+equalOp+local2+zeroOp+noIndex+noTarget+
 		orOp+local1+oneOp+local1+orOp+local1+shiftLeftOp+oneOp+bytePrefix+"\x07"+noTarget+local1)
 	a.put(storeOp + local1 + firstOfLocal0)
@@ -48,7 +54,7 @@ func (a *aml) askIndexBitmap() {
 // deviceLabel writes EDSM, the label of a device whose index is fixed (first of arg4).
 func (a *aml) deviceLabel() {
 	a.method("EDSM", 5|serialized, func() {
-		a.labelFunctions(storeOp + bytePrefix + "\x81" + firstOfLocal0)
+		a.labelFunctions(storeOp+bytePrefix+"\x81"+firstOfLocal0, dialect{})
 		a.block(ifOp, labelFunction, func() {
 			a.put(storeOp)
 			a.short(packageOp, "\x02"+zeroOp+emptyText)
@@ -78,7 +84,7 @@ func (a *aml) slotHotplug(d dialect) {
 			a.put(lock + selectBus + slotBit + "PIDX" + storeOp + "PIDX" + local0 + unlock + returnOp + local0)
 		})
 		a.method("PDSM", 5|serialized, func() {
-			a.labelFunctions("")
+			a.labelFunctions("", d)
 			a.block(ifOp, labelFunction, func() { a.askLabel(d) })
 		})
 	})
@@ -103,7 +109,11 @@ func (a *aml) askLabel(d dialect) {
 
 // rootPort is a PCIe root port with a device in its only slot. bus is its number in the
 // hotplug interface.
-func (a *aml) rootPort(m *Machine, slot, bus int) {
+func (a *aml) rootPort(m *Machine, d dialect, slot, bus int) {
+	if d.before8 {
+		a.olderPort(m, slot, bus)
+		return
+	}
 	a.pciDevice(slot, 0, func() {
 		a.pciDevice(0, 0, func() {})
 		if m.HotplugOff {
@@ -119,36 +129,38 @@ func (a *aml) rootPort(m *Machine, slot, bus int) {
 				a.put(local0 + storeOp + "BSEL" + firstOfLocal0 + storeOp + "ASUN" + indexOp + local0 + oneOp + noTarget)
 				a.put(returnOp + "PDSM" + arg0 + arg1 + arg2 + arg3 + local0)
 			})
-			a.put(nameOp + "_SUN" + zeroOp)
-			a.method("_EJ0", 1, func() { a.put("PCEJ" + "BSEL" + "_SUN") })
+			a.slotEjection()
 		})
-		a.method("DVNT", 2, func() { // events of the slots in arg0
-			a.short(ifOp, andOp+arg0+oneOp+noTarget+notifyOp+"S00_"+arg1)
-		})
+		a.slotNotification()
 	})
 }
 
+// slotEjection ends a slot, whose number is 0.
+func (a *aml) slotEjection() {
+	a.put(nameOp + "_SUN" + zeroOp)
+	a.method("_EJ0", 1, func() { a.put("PCEJ" + "BSEL" + "_SUN") })
+}
+
+// slotNotification passes event arg1 on to the slots in arg0.
+func (a *aml) slotNotification() {
+	a.method("DVNT", 2, func() { a.short(ifOp, andOp+arg0+oneOp+noTarget+notifyOp+"S00_"+arg1) })
+}
+
 // slotEvents writes the handler of the hotplug event, which asks each port.
-func (a *aml) slotEvents(m *Machine) {
+func (a *aml) slotEvents(m *Machine, d dialect) {
 	_, ports := m.slots()
-	if ports > 0 {
+	if ports > 0 && !d.before8 {
 		a.block(scopeOp, root+dualName+"_SB_"+"PCI0", func() {
 			for bus := range ports {
-				a.portEvents(slotName(m.portSlot(ports-1-bus)<<3), bus)
+				name := slotName(m.portSlot(ports-1-bus) << 3)
+				a.block(scopeOp, string(name[:]), func() { a.askSlots(bus) })
 			}
-			a.method("PCNT", 0, func() {
-				for bus := range ports {
-					a.put(parent + dualName)
-					name := slotName(m.portSlot(ports-1-bus) << 3)
-					a.b = append(a.b, name[:]...)
-					a.put("PCNT")
-				}
-			})
+			a.askPorts(m)
 		})
 	}
 	a.block(scopeOp, "_GPE", func() {
 		a.method("_E01", 0, func() {
-			if ports == 0 {
+			if ports == 0 && !d.before8 {
 				return
 			}
 			const pci = root + multiName + "\x03" + "_SB_" + "PCI0"
@@ -157,13 +169,24 @@ func (a *aml) slotEvents(m *Machine) {
 	})
 }
 
-// portEvents asks one port which slots a device came to and which one wants to leave.
-func (a *aml) portEvents(port [4]byte, bus int) {
-	a.block(scopeOp, string(port[:]), func() {
-		a.method("PCNT", 0, func() {
-			a.put(storeOp)
-			a.integer(uint32(bus))
-			a.put("BNUM" + "DVNT" + "PCIU" + deviceCheck + "DVNT" + "PCID" + ejectRequest)
-		})
+// askSlots asks one port which slots a device came to and which one wants to leave.
+func (a *aml) askSlots(bus int) {
+	a.method("PCNT", 0, func() {
+		a.put(storeOp)
+		a.integer(uint32(bus))
+		a.put("BNUM" + "DVNT" + "PCIU" + deviceCheck + "DVNT" + "PCID" + ejectRequest)
+	})
+}
+
+// askPorts asks all ports.
+func (a *aml) askPorts(m *Machine) {
+	_, ports := m.slots()
+	a.method("PCNT", 0, func() {
+		for bus := range ports {
+			a.put(parent + dualName)
+			name := slotName(m.portSlot(ports-1-bus) << 3)
+			a.b = append(a.b, name[:]...)
+			a.put("PCNT")
+		}
 	})
 }

@@ -16,6 +16,12 @@ var measured = []struct {
 	machine acpi.Machine
 	want    string
 }{
+	{"7.2: hotplug, and all knobs of the chipset", acpi.Machine{QEMU: acpi.QEMU7_2, CPUs: 9, Memory: 4 << 30, NICs: 1, PIC: true, SMM: true, HPET: true, NVSwitches: 3},
+		"87da720ea6d0f154830d909466d8f31dce2aeaaddabace615ecae7d89bcdd430"},
+	{"7.2: hugepages with an expander, no hotplug", acpi.Machine{QEMU: acpi.QEMU7_2, CPUs: 16, Memory: 64 << 30, NICs: 1, Hugepages: true, Expander: true, NVSwitches: 2, HotplugOff: true},
+		"17ed9e45bbfb0352479d0802046138be56901b5894282be3a4cdc4efdd5e753b"},
+	{"7.2: as many vCPUs as it starts", acpi.Machine{QEMU: acpi.QEMU7_2, CPUs: 255, Memory: 2049 << 20, CDROM: true},
+		"24a72f2abbdb25cf3e42143d68e35bd92681cd145156381487716bdaeb8c294e"},
 	{"10: all knobs of the chipset", acpi.Machine{QEMU: acpi.QEMU10, CPUs: 9, Memory: 4 << 30, NICs: 1, PIC: true, SMM: true, HPET: true},
 		"263d785c30eace62df763c4877617fc6846376ebdc5c8f7be0a1ce30f00fc424"},
 	{"10: CD-ROM, volumes, little RAM", acpi.Machine{QEMU: acpi.QEMU10, CPUs: 1, Memory: 16 << 20, NICs: 2, Volumes: 3, CDROM: true},

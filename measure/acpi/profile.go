@@ -15,7 +15,8 @@ type Profile int
 // reported all interrupts as edges, because the TDX module lets nobody see an EOI. The series
 // dropped that before it was merged, so 9.2 and later report what stock machines do.
 const (
-	QEMU8    Profile = iota + 1 // 8.0 to 8.2 of the TDX line that Intel and Canonical shipped
+	QEMU7_2  Profile = iota + 1 // 7.2, on which no TD ran: what the tests hold the older forms to
+	QEMU8                       // 8.0 to 8.2 of the TDX line that Intel and Canonical shipped
 	QEMU9_1                     // 9.0 and 9.1 of that line
 	QEMU9_2                     // 9.2 from 9.2.1
 	QEMU10                      // 10.0 to 10.2
@@ -36,6 +37,14 @@ type dialect struct {
 	deferredEject  bool                // CSCN notifies of removals after its scan
 	selectorReset  bool                // PRES has an _INI that selects processor 0
 	sharedSerial   bool                // COM1's interrupt is level, active low, shared
+	before8        bool                // the forms of QEMU 7.2
+}
+
+func (d dialect) madtRevision() byte {
+	if d.before8 {
+		return 1
+	}
+	return 3
 }
 
 // Flags of an extended interrupt descriptor (ACPI 6.5, table 6.58): consumer, active high,
@@ -50,6 +59,10 @@ func (p Profile) dialect() (d dialect, known bool) {
 	tdx := dialect{interruptFlags: edgeTriggered, overrides: edgeOverrides,
 		portsNoHotplug: true, labelAlways: true, selectorReset: true, maxCPUs: 254}
 	switch p {
+	case QEMU7_2:
+		d = stock
+		d.maxCPUs, d.deferredEject, d.selectorReset, d.before8 = 255, false, true, true
+		d.name, d.proven = "QEMU 7.2", "stock QEMU 7.2.22 over qtest"
 	case QEMU8:
 		d = tdx
 		d.needsPIC = true
@@ -127,6 +140,8 @@ func ParseProfile(version string) (Profile, error) {
 // PDSM leaves out an index of 0, and so may the last ones of 8.2 have.
 func profileOf(major, minor, micro int) Profile {
 	switch {
+	case major == 7 && minor == 2:
+		return QEMU7_2
 	case major == 8 && minor < 2, major == 8 && minor == 2 && micro <= 8:
 		return QEMU8
 	case major == 9 && minor == 0, major == 9 && minor == 1 && micro <= 2:

@@ -21,14 +21,19 @@ func (a *aml) rootBus(m *Machine, d dialect) {
 					a.pciDevice(expanderSlot, 0, func() {})
 					expander = false
 				}
-				a.rootPort(m, slot, ports-1-i)
+				a.rootPort(m, d, slot, ports-1-i)
 			}
 			if expander {
 				a.pciDevice(expanderSlot, 0, func() {})
 			}
 			a.pciDevice(chipsetSlot, 0, func() { a.isaBridge(d) })
-			a.pciDevice(chipsetSlot, 2, func() {})
+			if !d.before8 {
+				a.pciDevice(chipsetSlot, 2, func() {})
+			}
 			a.pciDevice(chipsetSlot, 3, func() {})
+			if d.before8 && !m.HotplugOff {
+				a.askPorts(m)
+			}
 		})
 	})
 }

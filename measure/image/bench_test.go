@@ -87,10 +87,14 @@ func floor(n int64) {
 func BenchmarkImage(b *testing.B) { benchmarkImage(b, benchImage(b)) }
 
 // BenchmarkDebianImage does so with real files: the firmware's drivers are decompressed
-// as well.
+// as well, further where the metadata does not name the firmware's profile.
 func BenchmarkDebianImage(b *testing.B) {
 	for _, mib := range []int{16, 32, 64} {
-		b.Run(fmt.Sprintf("initrd-%dMiB", mib), func(b *testing.B) { benchmarkImage(b, debianImage(b, mib<<20)) })
+		for _, variant := range []string{"", "pre202505"} {
+			b.Run(fmt.Sprintf("initrd=%dMiB/variant=%s", mib, variant), func(b *testing.B) {
+				benchmarkImage(b, debianImage(b, mib<<20, variant))
+			})
+		}
 	}
 }
 

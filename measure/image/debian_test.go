@@ -80,8 +80,8 @@ func TestDebianMRTD(t *testing.T) {
 }
 
 // debianImage lays out an image of trixie's firmware, bookworm's kernel and an initrd of
-// the letter A.
-func debianImage(t testing.TB, initrd int) string {
+// so many bytes of the letter A. A variant says in the metadata what the drivers would.
+func debianImage(t testing.TB, initrd int, variant string) string {
 	t.Helper()
 	dir := t.TempDir()
 	for name, from := range map[string]string{"ovmf.fd": trixieOVMF, "bzImage": debianKernel} {
@@ -92,7 +92,7 @@ func debianImage(t testing.TB, initrd int) string {
 	if err := os.WriteFile(filepath.Join(dir, "initrd"), bytes.Repeat([]byte("A"), initrd), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b, err := json.Marshal(map[string]string{"bios": "ovmf.fd", "kernel": "bzImage", "initrd": "initrd", "cmdline": "console=ttyS0"})
+	b, err := json.Marshal(map[string]string{"bios": "ovmf.fd", "kernel": "bzImage", "initrd": "initrd", "cmdline": "console=ttyS0", "ovmf_variant": variant})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +108,7 @@ func debianImage(t testing.TB, initrd int) string {
 func TestDebianImage(t *testing.T) {
 	const r1Low, r1High = "17a737503d5ba0c620fbc4d8e8e28a8e23551a2f2e31dff48cc64f40e2bcc39d1f9fa541f411a02cbcbe398c794d9b72",
 		"633ea744f0fa7492e7480e4403f28d5091a57da60a10f1c0b44f783e1ee6a883a385d491c2857ac7e295b63bbe713963"
-	img, err := image.OpenImage(debianImage(t, 5<<20))
+	img, err := image.OpenImage(debianImage(t, 5<<20, ""))
 	if err != nil {
 		t.Fatal(err)
 	}

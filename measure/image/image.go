@@ -232,7 +232,11 @@ func (m *Measurement) takeFirmware(t *TDVF) error {
 // takeContents derives variables and profile. Where the contents are not readable they
 // are taken to be those of dstack's OVMF: UiApp, and no Secure Boot.
 func (m *Measurement) takeContents(t *TDVF) {
-	contents, err := t.Inspect()
+	behind := filesAfter
+	if m.Firmware != "" {
+		behind = 0 // they would tell the profile, which the image's metadata says
+	}
+	contents, err := t.inspect(behind)
 	if err != nil {
 		contents = nil
 	}

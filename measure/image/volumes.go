@@ -32,14 +32,18 @@ const (
 
 	maxVolumes = 64 << 20 // bytes that come out of the compressed volumes
 	maxFiles   = 1024     // of a volume
-	filesAfter = 8        // files behind UiApp that are looked at
+	filesAfter = 8        // files behind UiApp that BootManagerMenuApp is looked for in
 )
 
 // Inspect decompresses the firmware's volume of drivers as far as needed: in OVMF what
 // depends on Secure Boot comes before UiApp, and BootManagerMenuApp near it. It is an
 // error if there is no such volume in a form known here; the firmware may be good all
 // the same.
-func (t *TDVF) Inspect() (*Contents, error) {
+func (t *TDVF) Inspect() (*Contents, error) { return t.inspect(filesAfter) }
+
+// inspect looks at so many files behind UiApp. With 0, Contents' BootMenu and Profile are
+// not to be used.
+func (t *TDVF) inspect(behind int) (*Contents, error) {
 	for i := range t.Sections {
 		s := &t.Sections[i]
 		if s.Type != SectionBFV {
@@ -53,7 +57,7 @@ func (t *TDVF) Inspect() (*Contents, error) {
 		if err != nil {
 			return nil, fmt.Errorf("firmware: %w", err)
 		}
-		c, err := inspectDrivers(stream)
+		c, err := inspectDrivers(stream, behind)
 		if err != nil {
 			return nil, fmt.Errorf("firmware: %w", err)
 		}
@@ -107,7 +111,7 @@ func compressedVolumes(code []byte) ([]byte, error) {
 }
 
 // inspectDrivers looks through the volume of drivers among those that were compressed.
-func inspectDrivers(s *lzmaStream) (*Contents, error) {
+func inspectDrivers(s *lzmaStream, behind int) (*Contents, error) {
 	var c *Contents
 	err := eachSection(s, 0, s.size, func(x fileSection) (bool, error) {
 		if x.typ != sectionVolume {
@@ -126,7 +130,7 @@ func inspectDrivers(s *lzmaStream) (*Contents, error) {
 			if found.SetupApp {
 				after++
 			}
-			return after <= filesAfter, nil
+			return after <= behind, nil
 		})
 		if err == nil && name == guidDXEVolume {
 			c = &found

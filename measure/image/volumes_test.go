@@ -164,8 +164,9 @@ func TestContents(t *testing.T) {
 // TestContentsMeasured has the events of what the firmware holds.
 func TestContentsMeasured(t *testing.T) {
 	machine := image.Machine{VCPUs: 1, MemoryBytes: 4 << 30, NICs: 1, QEMU: "8.2.2"}
+	var metadata map[string]any
 	measured := func(f *firmware) (*image.Measurement, []image.Event, error) {
-		path := imageOf(t, newKernel(), nil)
+		path := imageOf(t, newKernel(), metadata)
 		if err := os.WriteFile(filepath.Join(filepath.Dir(path), "ovmf.fd"), f.bytes(), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -178,16 +179,19 @@ func TestContentsMeasured(t *testing.T) {
 	}
 	// As logged by a guest on hardware whose firmware is built with Secure Boot.
 	off := digest(t, "cfa4e2c606f572627bf06d5669cc2ab1128358d27b45bc63ee9ea56ec109cfafb7194006f847a6a74b5eaed6b73332ec")
-	_, events, err := measured(withDrivers(secureBootGUID, setupGUID))
-	if err != nil || events[2].Name != "SecureBoot" || events[2].Digest != off {
-		t.Errorf("Secure Boot is built in: got %+v (%v), want %v", events[2], err, off)
+	var not *image.UnmodelledError
+	for _, metadata = range []map[string]any{nil, {"ovmf_variant": "pre202505"}} {
+		_, events, err := measured(withDrivers(secureBootGUID, setupGUID))
+		if err != nil || events[2].Name != "SecureBoot" || events[2].Digest != off {
+			t.Errorf("Secure Boot is built in: got %+v (%v), want %v", events[2], err, off)
+		}
+		if _, _, err := measured(withDrivers()); !errors.As(err, &not) {
+			t.Errorf("without UiApp: got %v, want an UnmodelledError", err)
+		}
 	}
+	metadata = nil
 	if m, _, err := measured(withDrivers(setupGUID, bootMenuGUID)); m.Firmware != image.Stable202505 || err == nil {
 		t.Errorf("202505: profile %s (%v)", m.Firmware, err)
-	}
-	var not *image.UnmodelledError
-	if _, _, err := measured(withDrivers()); !errors.As(err, &not) {
-		t.Errorf("without UiApp: got %v, want an UnmodelledError", err)
 	}
 }
 

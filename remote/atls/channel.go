@@ -36,6 +36,8 @@ type Config struct {
 	// Attester speaks for this TD. Nil: this end has no TEE, and reaches only services
 	// that take unattested clients.
 	Attester Attester
+	// RATLS speaks dstack's RA-TLS instead, which is weaker. Attester must be nil then.
+	RATLS *RATLS
 	// KeyTTL is how long a peer that was appraised may use key mode, where the policy
 	// lets it (require = "key"). Zero: not at all.
 	KeyTTL time.Duration
@@ -76,6 +78,9 @@ type kept struct {
 func newEnd(cfg Config) (*end, error) {
 	if cfg.Verifier == nil {
 		return nil, errors.New("atls: no Verifier, so that nobody could be accepted")
+	}
+	if err := cfg.checkRATLS(); err != nil {
+		return nil, err
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -174,26 +179,30 @@ func checkTLS(state *tls.ConnectionState, leaf *tls.Certificate) error {
 
 // Peer is who is at the other end, and how we know.
 type Peer struct {
-	Address    string
-	Role       Role // the peer's
-	Service    string
-	Ref        string         // the same on both ends
-	Result     *remote.Result // nil: the peer proved nothing
-	KeyMode    bool
-	AgentKey   [32]byte  // SHA-256 of the SubjectPublicKeyInfo
-	VerifiedAt time.Time // when its quote was made for us and accepted; zero: never
-	Opened     time.Time // when the handshake ended
-	Expires    time.Time
+	Address string
+	Role    Role // the peer's
+	Service string
+	Ref     string         // the same on both ends
+	Result  *remote.Result // nil: the peer proved nothing
+	KeyMode bool
+	// Certificate says that the evidence was in the peer's certificate, see [RATLS].
+	Certificate bool
+	AgentKey    [32]byte  // SHA-256 of the SubjectPublicKeyInfo
+	VerifiedAt  time.Time // when its quote was made for us and accepted; zero: never
+	Opened      time.Time // when the handshake ended
+	Expires     time.Time
 
 	evidence   *measure.Evidence
 	reportData measure.ReportData
 }
 
-// Assurance is "quote" or "key", by how the peer attested, or "none".
+// Assurance is "quote", "key" or "certificate", by how the peer attested, or "none".
 func (p *Peer) Assurance() string {
 	switch {
 	case !p.Attested():
 		return modeNone
+	case p.Certificate:
+		return "certificate" // of RA-TLS
 	case p.KeyMode:
 		return modeKey
 	}
@@ -285,19 +294,10 @@ func (e *end) usable(agentKey [32]byte) (*kept, bool) {
 
 // wants says in which mode a peer of this agent key should attest.
 func (e *end) wants(agentKey []byte, modes []string) string {
-	if len(agentKey) == 32 && slices.Contains(modes, modeKey) && e.allowsKeyMode() {
+	if len(agentKey) == 32 && slices.Contains(modes, modeKey) && e.cfg.Verifier.Policy().AllowsKeys() {
 		if _, ok := e.usable([32]byte(agentKey)); ok {
 			return modeKey
 		}
 	}
 	return modeQuote
-}
-
-func (e *end) allowsKeyMode() bool {
-	for _, entry := range e.cfg.Verifier.Policy().Entries {
-		if entry.Require == "key" {
-			return true
-		}
-	}
-	return false
 }

@@ -168,11 +168,11 @@ func (c *Conn) reappraise(ctx context.Context) error {
 		if c.end.cfg.Verifier.Policy().AllowsUnattested(c.service) {
 			return nil
 		}
-		c.Drain()
+		c.drainFor(min(c.end.cfg.DeniedDrain, c.end.cfg.Drain))
 		return &unsupportedError{"the service takes no unattested clients any more"}
 	}
 	_, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: c.entries,
-		Channel: &remote.Channel{AgentKey: c.peer.AgentKey, Service: c.service, KeyMode: c.peer.KeyMode}})
+		Channel: &remote.Channel{AgentKey: c.peer.AgentKey, Service: c.service, KeyMode: c.peer.KeyMode, Certificate: c.peer.Certificate}})
 	switch {
 	case errors.As(err, new(*remote.Rejection)):
 		c.drainFor(min(c.end.cfg.DeniedDrain, c.end.cfg.Drain))

@@ -166,11 +166,7 @@ func (d *Dialer) once(ctx context.Context, network, address, service string, ent
 	}
 	stop := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	h, err := d.end.begin(ctx, raw, Client)
-	var ttl time.Duration
-	if err == nil {
-		ttl, err = h.dial(ctx, service, entries)
-	}
+	h, ttl, err := d.talk(ctx, raw, address, service, entries)
 	var c *Conn
 	if err == nil {
 		c, err = h.open(ctx, ttl, "", entries)
@@ -184,6 +180,17 @@ func (d *Dialer) once(ctx context.Context, network, address, service string, ent
 		return nil, fmt.Errorf("atls: dial %s: %w", address, ctx.Err())
 	}
 	return c, nil
+}
+
+// talk appraises the server.
+func (d *Dialer) talk(ctx context.Context, raw net.Conn, address, service string, entries []string) (h *handshake, ttl time.Duration, err error) {
+	if d.end.cfg.RATLS != nil {
+		return d.end.dialRATLS(ctx, raw, address, service, entries)
+	}
+	if h, err = d.end.begin(ctx, raw, Client); err == nil {
+		ttl, err = h.dial(ctx, service, entries)
+	}
+	return h, ttl, err
 }
 
 // Channels lists the open ones that d has opened.

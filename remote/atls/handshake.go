@@ -46,9 +46,13 @@ type handshake struct {
 	isReserved bool // there is a place for the channel; end.mu guards it
 }
 
+func (e *end) newHandshake(ctx context.Context, raw net.Conn, role Role) *handshake {
+	return &handshake{end: e, ctx: ctx, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw), Role: Client + Server - role}, policy: e.cfg.Verifier.Policy()}
+}
+
 // begin makes the TLS connection.
 func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, error) {
-	h := &handshake{end: e, ctx: ctx, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw), Role: Client + Server - role}, policy: e.cfg.Verifier.Policy()}
+	h := e.newHandshake(ctx, raw, role)
 	leaf, err := e.certificate()
 	if err != nil {
 		return h, err
@@ -206,7 +210,7 @@ func (h *handshake) finish(err error) *Error {
 		if errors.As(err, &busy) {
 			failed.RetryAfter = min(max(busy.RetryAfter(), 0), maxRetryAfter)
 		}
-		if h.conn != nil && h.step != StepTLS {
+		if h.conn != nil && h.step != StepTLS && h.cfg.RATLS == nil {
 			h.refuse(failed)
 		}
 	}

@@ -314,8 +314,19 @@ func TestBusy(t *testing.T) {
 	if b, ok := errors.AsType[*atls.BackOffError](err); !ok || time.Until(b.Until) > 1500*time.Millisecond {
 		t.Errorf("got %v, want a back-off of the queue's own length", err)
 	}
-	p.listener.Close()
-	if f := p.failures.List(); len(f) != 1 || f[0].Code != atls.CodeBusy {
+	if f := p.failed(t, 1); f[0].Code != atls.CodeBusy || !f[0].Refused {
 		t.Errorf("the server has kept %+v", f)
 	}
+}
+
+// failed waits until n handshakes have failed at the server: the client knows first.
+func (p *pair) failed(t *testing.T, n int) []atls.Failure {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if list := p.failures.List(); len(list) >= n {
+			return list
+		}
+	}
+	t.Fatalf("the server has kept %+v, want %d failures", p.failures.List(), n)
+	return nil
 }

@@ -66,8 +66,11 @@ type Listener struct {
 // NewListener accepts channels on inner, which it closes with itself.
 func NewListener(inner net.Listener, cfg ListenerConfig) (*Listener, error) {
 	cfg.complete()
-	if cfg.Attester == nil {
+	if cfg.Attester == nil && cfg.RATLS == nil {
 		return nil, errors.New("atls: a listener needs an Attester")
+	}
+	if err := cfg.checkOneService(); err != nil {
+		return nil, err
 	}
 	e, err := newEnd(cfg.Config)
 	if err != nil {
@@ -184,11 +187,7 @@ func (l *Listener) handshaken(raw net.Conn) (*Conn, error) {
 	ctx, cancel := context.WithTimeout(l.ctx, limitTotal)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })()
-	h, err := l.end.begin(ctx, raw, Server)
-	var ttl time.Duration
-	if err == nil {
-		ttl, err = h.serve(ctx, &l.cfg, l.slots)
-	}
+	h, ttl, err := l.talk(ctx, raw)
 	var c *Conn
 	if err == nil {
 		c, err = h.open(ctx, ttl, h.peer.Service, nil)
@@ -198,6 +197,17 @@ func (l *Listener) handshaken(raw net.Conn) (*Conn, error) {
 		return nil, failed
 	}
 	return c, nil
+}
+
+// talk appraises the client.
+func (l *Listener) talk(ctx context.Context, raw net.Conn) (h *handshake, ttl time.Duration, err error) {
+	if l.cfg.RATLS != nil {
+		return l.end.serveRATLS(ctx, raw, &l.cfg)
+	}
+	if h, err = l.end.begin(ctx, raw, Server); err == nil {
+		ttl, err = h.serve(ctx, &l.cfg, l.slots)
+	}
+	return h, ttl, err
 }
 
 // Accept returns the next open channel, a *Conn.

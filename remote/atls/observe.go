@@ -21,7 +21,7 @@ type Handshake struct {
 	Step      Step // StepOpen if it succeeded
 	Code      Code
 	Entry     string // the policy entry that accepts the peer, or came closest
-	Assurance string // of the peer: "quote", "key", "none"
+	Assurance string // of the peer: "quote", "key", "certificate", "none"
 	Err       error  // the local cause
 }
 
