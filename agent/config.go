@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/remote/tomlfile"
@@ -31,6 +32,7 @@ type Config struct {
 	RATLS           RATLSConfig   `toml:"ratls"`
 	Limits          LimitsConfig  `toml:"limits"`
 	Worker          WorkerConfig  `toml:"worker"`
+	Keys            KeysConfig    `toml:"keys"`
 
 	Applications []ApplicationConfig `toml:"application"`
 }
@@ -79,6 +81,7 @@ func newConfig() *Config {
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
 		Limits:          defaultLimits(),
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
+		Keys:            KeysConfig{KMS: KMSConfig{URLs: []string{}, Collateral: []string{}, PCCS: []string{}, Timeout: time.Minute}},
 		Egress:          newEgressConfig(),
 		RATLS:           newRATLSConfig(),
 	}
@@ -144,6 +147,7 @@ func (c *Config) check() error {
 		c.Limits.check,
 		func() error { return checkApplications(c.Applications) },
 		c.Worker.check,
+		c.Keys.KMS.check,
 	} {
 		if err := check(); err != nil {
 			return err

@@ -63,7 +63,7 @@ type infoKey struct {
 func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *measure.Ledger, hostShared string, files *measure.GuestFiles, log *slog.Logger) (*daemon, error) {
 	s, err := l.Snapshot(ctx)
 	cfg = provableConfig(cfg, b, s, err)
-	d := &daemon{keys: newAppKeys(cfg, hostShared, dir, files), cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), metrics: newAgentMetrics(), backend: b, ledger: l, files: files,
+	d := &daemon{cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), metrics: newAgentMetrics(), backend: b, ledger: l, files: files,
 		cloud: [2]string{dmi("sys_vendor"), dmi("product_name")}}
 	quoter := b.quoter
 	if quoter != nil {
@@ -74,6 +74,11 @@ func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *
 		ac.VMConfig = files.SysConfig.VMConfig
 	}
 	d.attester = measure.NewAttester(ac)
+	kms, faulty := d.newKMS(ctx)
+	if faulty != nil {
+		return nil, faulty
+	}
+	d.keys = newAppKeys(cfg, hostShared, dir, files, kms)
 	if err := d.loadChannelKey(); err != nil {
 		return nil, err
 	}

@@ -117,6 +117,9 @@ func (d *daemon) status(ctx context.Context) *status.Status {
 		}
 		st.NotReady = append(st.NotReady, why)
 	}
+	if why := d.keys.missing(); why != nil {
+		st.NotReady = append(st.NotReady, why.Error())
+	}
 	st.Ready = len(st.NotReady) == 0
 	if st.Notes == nil {
 		st.Notes = []string{}

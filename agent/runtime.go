@@ -20,6 +20,7 @@ func (d runtimeDir) ccel() string            { return d.path("log/ccel") }
 func (d runtimeDir) agentKey() string        { return d.path("log/agent.key") }
 func (d runtimeDir) seed() string            { return d.path("log/instance-id-seed") }
 func (d runtimeDir) appSeed() string         { return d.path("log/app-seed") }
+func (d runtimeDir) kmsCollateral() string   { return d.path("log/kms-collateral") }
 func (d runtimeDir) td() string              { return d.path("td") }
 func (d runtimeDir) simulatedRoot() string {
 	return d.path("simulated-root.pem")

@@ -81,10 +81,10 @@ func TestScripts(t *testing.T) {
 			"waitline":      scriptWaitLine,
 			"sink":          scriptSink,
 			"hold":          scriptHold,
+			"newcert":       scriptNewCert,
 			"append":        scriptAppend,
 			"cut-lines":     scriptCutLines,
 			"forge-line":    scriptForgeLine,
-			"newcert":       scriptNewCert,
 		},
 	})
 }

@@ -125,6 +125,7 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 		d.start(ctx, group, d.workerServer(), l)
 	}
 	group.Go(func() error { d.background(ctx); return nil })
+	group.Go(func() error { d.keepKeys(ctx); return nil })
 	// A slow host does not count against the agent; a lock of the log or a quote that
 	// nobody gives back does.
 	group.Go(func() error { keepNotified(ctx, d.log, d.alive, d.statusLine); return nil })

@@ -126,7 +126,7 @@ func (a *attested) extensions(omitLegacy bool) ([]pkix.Extension, error) {
 }
 
 func attestKey(ctx context.Context, key *ecdsa.PublicKey, attest Attest) (*attested, error) {
-	spki, err := x509.MarshalPKIXPublicKey(key)
+	spki, err := p256SPKI(key)
 	if err != nil {
 		return nil, err
 	}

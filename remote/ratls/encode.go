@@ -42,9 +42,9 @@ func Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extension, error) {
 		if err != nil {
 			return nil, fmt.Errorf("RA-TLS: %w", err)
 		}
-		extensions = append(extensions, wrap(OIDQuote, ev.Quote), wrap(OIDEventLog, log))
+		extensions = append(extensions, wrap(OIDQuote, ev.Quote), wrapOwn(OIDEventLog, log))
 	}
-	extensions = append(extensions, wrap(OIDAttestation, blob))
+	extensions = append(extensions, wrapOwn(OIDAttestation, blob))
 	for _, e := range extensions {
 		if len(e.Value) > maxAttestation {
 			return nil, fmt.Errorf("RA-TLS: extension %v has %d bytes, want at most %d", e.Id, len(e.Value), maxAttestation)
@@ -71,9 +71,16 @@ func size(extensions []pkix.Extension) (n int) {
 
 // strip returns the events that a certificate keeps.
 func strip(events []measure.Event) []measure.Event {
-	var kept []measure.Event
+	keep := func(e *measure.Event) bool { return e.IMR == measure.RTMR3 || e.MeasuresACPI() }
+	n := 0
 	for i := range events {
-		if e := &events[i]; e.IMR == measure.RTMR3 || e.MeasuresACPI() {
+		if keep(&events[i]) {
+			n++
+		}
+	}
+	kept := make([]measure.Event, 0, n) // events are large: once is enough
+	for i := range events {
+		if e := &events[i]; keep(e) {
 			kept = append(kept, *e)
 		}
 	}
