@@ -16,14 +16,18 @@ import (
 type appKeys struct {
 	provider keys.Provider
 	absent   error // why there is no provider
+	remote   bool  // across the network: only the background asks the provider
 
-	mu  sync.Mutex // guards what follows
-	app *keys.App
+	mu      sync.Mutex // guards what follows
+	app     *keys.App
+	pending *pendingKeys // of a remote provider, until app is here
+	dropped bool
 }
 
 // newAppKeys chooses where the keys come from: .appkeys.json where there is one, else
-// a fresh seed for an application that asks for no provider.
-func newAppKeys(cfg *Config, hostShared string, dir runtimeDir, files *measure.GuestFiles) *appKeys {
+// the KMS that is configured or nil, else a fresh seed for an application that asks for no
+// provider.
+func newAppKeys(cfg *Config, hostShared string, dir runtimeDir, files *measure.GuestFiles, kms *keys.KMS) *appKeys {
 	switch {
 	case files == nil:
 		return &appKeys{absent: exitf(exitConfig, "no keys: the application's files could not be read when the agent started")}
@@ -35,9 +39,11 @@ func newAppKeys(cfg *Config, hostShared string, dir runtimeDir, files *measure.G
 		if path == "" {
 			path = filepath.Join(hostShared, ".appkeys.json")
 		}
-		return &appKeys{provider: keys.File{Path: path}}
+		return &appKeys{provider: keys.File{Path: path, KMS: kms}}
+	case files.Compose.KeyProvider == measure.KeyProviderKMS && kms != nil:
+		return &appKeys{provider: kms, remote: true, pending: &pendingKeys{}}
 	case files.Compose.KeyProvider != measure.KeyProviderNone:
-		return &appKeys{absent: exitf(exitConfig, "no keys: app-compose.json asks for key provider %q, and there is no .appkeys.json with its keys", files.Compose.KeyProvider)}
+		return &appKeys{absent: exitf(exitConfig, "no keys: app-compose.json asks for key provider %q, and there is no .appkeys.json with its keys and no [keys] table that says where to get them", files.Compose.KeyProvider)}
 	}
 	return &appKeys{provider: keys.Ephemeral{Path: dir.appSeed()}}
 }
@@ -46,8 +52,11 @@ func newAppKeys(cfg *Config, hostShared string, dir runtimeDir, files *measure.G
 func (k *appKeys) load(ctx context.Context, check func(measure.KeyProvider) error) (*keys.App, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.app != nil || k.absent != nil {
+	switch {
+	case k.app != nil || k.absent != nil:
 		return k.app, k.absent
+	case k.remote:
+		return nil, k.pending
 	}
 	app, err := k.provider.App(ctx)
 	if err != nil {
@@ -61,9 +70,21 @@ func (k *appKeys) load(ctx context.Context, check func(measure.KeyProvider) erro
 	return app, nil
 }
 
+// missing says why keys that come over the network are not here; nil if they are, or if
+// there are none to wait for.
+func (k *appKeys) missing() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.remote || k.app != nil {
+		return nil
+	}
+	return k.pending
+}
+
 func (k *appKeys) drop() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.dropped = true
 	if k.app != nil {
 		k.app.Zero()
 	}
@@ -74,27 +95,43 @@ func (d *daemon) appKeys(ctx context.Context) (*keys.App, error) { return d.meas
 
 // measuredKeys loads keys, if RTMR3 speaks of their provider.
 func (d *daemon) measuredKeys(ctx context.Context, k *appKeys) (*keys.App, error) {
-	return k.load(ctx, func(p measure.KeyProvider) error {
-		s, err := d.ledger.Snapshot(ctx)
-		if err := d.report(err); err != nil {
-			return err
-		}
-		if err != nil && d.cfg.OnForeignExtend != "serve" {
-			return err
-		}
-		events := s.Events()
-		if !d.measured(events) {
-			return exitf(exitDenied, "no keys yet: the boot step has not finished; run tdx-agent measure first")
-		}
-		id, err := measure.IdentityOf(events)
-		if err != nil {
-			return err
-		}
-		if got := string(p.Payload()); id.KeyProvider != "" && id.KeyProvider != got {
-			return exitf(exitConfig, "the application's keys are of provider %s, but this boot has measured %s", got, id.KeyProvider)
-		}
-		return nil
-	})
+	app, err := k.load(ctx, func(p measure.KeyProvider) error { return d.checkProvider(ctx, p) })
+	if err == nil && !d.cfg.RATLS.LegacyOIDs {
+		app.OmitLegacyOIDs()
+	}
+	return app, err
+}
+
+// checkProvider tells whether RTMR3 speaks of this provider.
+func (d *daemon) checkProvider(ctx context.Context, p measure.KeyProvider) error {
+	id, err := d.measuredIdentity(ctx)
+	if err != nil {
+		return err
+	}
+	if got := string(p.Payload()); id.KeyProvider != "" && id.KeyProvider != got {
+		return exitf(exitConfig, "the application's keys are of provider %s, but this boot has measured %s", got, id.KeyProvider)
+	}
+	return nil
+}
+
+// measuredIdentity returns what the boot step has measured, once it has finished.
+func (d *daemon) measuredIdentity(ctx context.Context) (*measure.Identity, error) {
+	s, err := d.ledger.Snapshot(ctx)
+	if err := d.report(err); err != nil {
+		return nil, err
+	}
+	if err != nil && d.cfg.OnForeignExtend != "serve" {
+		return nil, err
+	}
+	events := s.Events()
+	if !d.measured(events) {
+		return nil, exitf(exitDenied, "no keys yet: the boot step has not finished; run tdx-agent measure first")
+	}
+	id, err := measure.IdentityOf(events)
+	if err != nil {
+		return nil, err
+	}
+	return &id, nil
 }
 
 // certify makes the application's certificate that Info shows. Its key is dropped:

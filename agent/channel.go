@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
+	"time"
 
+	"tdx-agent/agent/guestapi"
 	"tdx-agent/measure"
 	"tdx-agent/remote/atls"
 )
@@ -28,7 +30,9 @@ func (d *daemon) loadChannelKey() error {
 		return fmt.Errorf("agent key: %w", err)
 	}
 	d.channel, err = atls.NewKey(key, func(ctx context.Context, rd measure.ReportData) (*measure.Evidence, error) {
-		return d.attester.Evidence(ctx, rd, "channel") // one caller among the others: no more than its turn
+		ev, err := d.attester.RemoteEvidence(ctx, rd)
+		d.metrics.quoted("channel", err)
+		return ev, err
 	}, func(ctx context.Context) (measure.Digest, error) {
 		s, err := d.ledger.Snapshot(ctx)
 		return s.Register, err
@@ -56,9 +60,12 @@ type channelReply struct {
 	VMConfig  string          `json:"vm_config,omitempty"`
 }
 
-// channelKeyReply is the hash of the agent key.
+// channelKeyReply is the hash of the agent key, whether the TD is a simulated one, and what
+// is loosened by a configuration that this boot has measured.
 type channelKeyReply struct {
-	AgentKey []byte `json:"agent_key_sha256"`
+	AgentKey  []byte         `json:"agent_key_sha256"`
+	Simulated bool           `json:"simulated"`
+	Loosened  map[string]any `json:"loosened,omitempty"`
 }
 
 func (d *daemon) channelHandler() http.Handler {
@@ -69,10 +76,13 @@ func (d *daemon) channelHandler() http.Handler {
 			return
 		}
 		hash := d.channel.AgentKey()
-		reply(w, http.StatusOK, channelKeyReply{hash[:]})
+		reply(w, http.StatusOK, channelKeyReply{hash[:], d.backend.simulated, d.cfg.loosened()})
 	})
+	d.certificateRoutes(mux)
 	mux.HandleFunc("POST /v1/attest", func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
 		answer, err := d.attestChannel(r)
+		d.recordRequest(r, socketChannel, guestapi.Record{Method: "attest", Class: guestapi.ClassQuote, Took: time.Since(start)}, err)
 		if err != nil {
 			d.report(err)
 			replyError(w, err)
@@ -139,8 +149,10 @@ func (req *channelRequest) session() (*atls.Session, error) {
 // channelAttester asks the agent of this TD for channel evidence. It implements
 // atls.Attester.
 type channelAttester struct {
-	socket string
-	key    [32]byte
+	socket   string
+	key      [32]byte
+	isReal   bool
+	loosened map[string]any
 }
 
 func newChannelAttester(ctx context.Context, dir runtimeDir) (*channelAttester, error) {
@@ -151,7 +163,7 @@ func newChannelAttester(ctx context.Context, dir runtimeDir) (*channelAttester, 
 	if len(answer.AgentKey) != 32 {
 		return nil, fmt.Errorf("the agent's key has a hash of %d bytes, want 32", len(answer.AgentKey))
 	}
-	return &channelAttester{dir.channelSocket(), [32]byte(answer.AgentKey)}, nil
+	return &channelAttester{dir.channelSocket(), [32]byte(answer.AgentKey), !answer.Simulated, answer.Loosened}, nil
 }
 
 // AgentKey implements atls.Attester.

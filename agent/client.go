@@ -11,6 +11,7 @@ import (
 	"os"
 	"strconv"
 	"syscall"
+	"time"
 
 	"tdx-agent/agent/guestapi"
 )
@@ -47,14 +48,24 @@ func call(ctx context.Context, socket, method, path string, body []byte) ([]byte
 	if err != nil || code <= 0 {
 		code = exitFailure
 	}
-	var refusal struct {
-		Error string `json:"error"`
+	var r refusalReply
+	if json.Unmarshal(b, &r) != nil || r.Error == "" {
+		r.Error = fmt.Sprintf("HTTP %d: %s", resp.StatusCode, bytes.TrimSpace(b[:min(len(b), 512)]))
 	}
-	if json.Unmarshal(b, &refusal) != nil || refusal.Error == "" {
-		refusal.Error = fmt.Sprintf("HTTP %d: %s", resp.StatusCode, bytes.TrimSpace(b[:min(len(b), 512)]))
+	if r.RetryAfter > 0 {
+		return nil, withExit(code, &laterError{r.Error, time.Duration(r.RetryAfter) * time.Millisecond})
 	}
-	return nil, withExit(code, errors.New(refusal.Error))
+	return nil, withExit(code, errors.New(r.Error))
 }
+
+// laterError is a refusal of an agent that is busy.
+type laterError struct {
+	text string
+	wait time.Duration
+}
+
+func (e *laterError) Error() string             { return e.text }
+func (e *laterError) RetryAfter() time.Duration { return e.wait }
 
 func unreachable(socket string, err error) error {
 	switch {

@@ -267,8 +267,9 @@ func newStatus(g *globals) *cobra.Command {
 				if err := json.Unmarshal(b, &s); err != nil {
 					return err
 				}
+				s.Peers = readPeers(ctx, dir, cmd.ErrOrStderr()).Summary()
 				if wantJSON(cmd) {
-					_, err = cmd.OutOrStdout().Write(b)
+					err = json.NewEncoder(cmd.OutOrStdout()).Encode(&s)
 				} else {
 					err = s.WriteText(cmd.OutOrStdout())
 				}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/remote/tomlfile"
@@ -22,11 +23,22 @@ const (
 // Config is agent.toml. agent.toml.example documents every key; a test holds the
 // two together.
 type Config struct {
-	OnForeignExtend string        `toml:"on_foreign_extend"` // "refuse" or "serve"
-	Kernel          KernelConfig  `toml:"kernel"`
-	Boot            BootConfig    `toml:"boot"`
-	Sockets         SocketsConfig `toml:"sockets"`
-	Compat          CompatConfig  `toml:"compat"`
+	OnForeignExtend string         `toml:"on_foreign_extend"` // "refuse" or "serve"
+	Kernel          KernelConfig   `toml:"kernel"`
+	Boot            BootConfig     `toml:"boot"`
+	Sockets         SocketsConfig  `toml:"sockets"`
+	Compat          CompatConfig   `toml:"compat"`
+	Egress          EgressConfig   `toml:"egress"`
+	Endpoint        EndpointConfig `toml:"endpoint"`
+	RATLS           RATLSConfig    `toml:"ratls"`
+	Limits          LimitsConfig   `toml:"limits"`
+	Worker          WorkerConfig   `toml:"worker"`
+	Keys            KeysConfig     `toml:"keys"`
+
+	Services []ServiceConfig `toml:"service"`
+	Connects []ConnectConfig `toml:"connect"`
+
+	Applications []ApplicationConfig `toml:"application"`
 }
 
 // KernelConfig says where the kernel's interfaces are.
@@ -71,7 +83,12 @@ func newConfig() *Config {
 		Kernel:          KernelConfig{Entry: "tdx-agent", CCEL: "/sys/firmware/acpi/tables/data/CCEL", AttestConf: "/etc/tdx-attest.conf"},
 		Boot:            BootConfig{HostShared: "/dstack/.host-shared", Era: "0.5.11", AgentKey: true, DstackLogs: "/run/log"},
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
+		Limits:          defaultLimits(),
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
+		Keys:            KeysConfig{KMS: KMSConfig{URLs: []string{}, Collateral: []string{}, PCCS: []string{}, Timeout: time.Minute}},
+		Egress:          newEgressConfig(),
+		Endpoint:        newEndpointConfig(),
+		RATLS:           newRATLSConfig(),
 	}
 }
 
@@ -130,6 +147,21 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
+	for _, check := range []func() error{
+		c.Egress.check,
+		c.checkChannels,
+		c.Limits.check,
+		func() error { return checkApplications(c.Applications) },
+		c.Worker.check,
+		c.Keys.KMS.check,
+	} {
+		if err := check(); err != nil {
+			return err
+		}
+	}
+	if n := len(c.agentConfig()); n > maxAgentConfig {
+		return fmt.Errorf("the settings that loosen defaults take %d bytes, and are measured with every quote: want at most %d; declare less, or with shorter names", n, maxAgentConfig)
+	}
 	return nil
 }
 
@@ -146,6 +178,13 @@ func (c *Config) loosened() map[string]any {
 	if c.Compat.FullAccess {
 		m["compat.full_access"] = true
 	}
+	c.loosenedServices(m)
+	if c.RATLS.Endpoint {
+		m["ratls.endpoint"] = true
+	}
+	for i := range c.Applications {
+		c.Applications[i].loosened(m)
+	}
 	return m
 }
 
@@ -155,6 +194,9 @@ func (c *Config) tighten() {
 	c.OnForeignExtend = def.OnForeignExtend
 	c.Kernel.AllowEnvOverrides = def.Kernel.AllowEnvOverrides
 	c.Compat.FullAccess = def.Compat.FullAccess
+	c.Services = tightServices(c.Services)
+	c.RATLS.Endpoint = def.RATLS.Endpoint
+	c.Applications = tightened(c.Applications)
 }
 
 // agentConfig is the payload of event agent-config: the loosened settings as JSON
@@ -166,7 +208,7 @@ func (c *Config) agentConfig() []byte {
 	}
 	b, err := json.Marshal(m) // sorts the keys
 	if err != nil {
-		panic(err) // strings and booleans only
+		panic(err) // strings, numbers and booleans only
 	}
 	return b
 }

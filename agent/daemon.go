@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"tdx-agent/agent/audit"
 	"tdx-agent/agent/guestapi"
 	"tdx-agent/agent/status"
 	"tdx-agent/measure"
@@ -34,15 +35,20 @@ type daemon struct {
 	attester *measure.Attester
 	files    *measure.GuestFiles // nil: no application files
 	keys     *appKeys
+	audit    *audit.Log        // nil: it could not be opened
+	refusals *guestapi.Limiter // of lines in it
 	access   []status.Access
 	cloud    [2]string // DMI vendor and product
 	channel  *atls.Key // nil: this boot has no agent key
+	extended bell      // rings when RTMR3 may have been extended
+	metrics  *agentMetrics
 
-	mu       sync.Mutex // guards what follows
-	info     guestapi.Info
-	infoOf   infoKey // what info was made from
-	diverged string  // the last problem reported, so that each is logged once
-	appCert  string  // PEM chain, "" while there is none
+	mu        sync.Mutex // guards what follows
+	info      guestapi.Info
+	infoOf    infoKey // what info was made from
+	diverged  string  // the last problem reported, so that each is logged once
+	unwritten string  // the same, of the audit record
+	appCert   string  // PEM chain, "" while there is none
 
 	uncertified string // why there is no appCert; the background's alone
 }
@@ -57,13 +63,22 @@ type infoKey struct {
 func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *measure.Ledger, hostShared string, files *measure.GuestFiles, log *slog.Logger) (*daemon, error) {
 	s, err := l.Snapshot(ctx)
 	cfg = provableConfig(cfg, b, s, err)
-	d := &daemon{keys: newAppKeys(cfg, hostShared, dir, files), cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), backend: b, ledger: l, files: files,
+	d := &daemon{cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), metrics: newAgentMetrics(), backend: b, ledger: l, files: files,
 		cloud: [2]string{dmi("sys_vendor"), dmi("product_name")}}
-	ac := measure.AttesterConfig{Quoter: b.quoter, Ledger: l, Boot: b.boot, ServeDiverged: cfg.OnForeignExtend == "serve"}
+	quoter := b.quoter
+	if quoter != nil {
+		quoter = timedQuoter{quoter, &d.metrics.took}
+	}
+	ac := measure.AttesterConfig{Quoter: quoter, Ledger: l, Boot: b.boot, ServeDiverged: cfg.OnForeignExtend == "serve"}
 	if files != nil {
 		ac.VMConfig = files.SysConfig.VMConfig
 	}
 	d.attester = measure.NewAttester(ac)
+	kms, faulty := d.newKMS(ctx)
+	if faulty != nil {
+		return nil, faulty
+	}
+	d.keys = newAppKeys(cfg, hostShared, dir, files, kms)
 	if err := d.loadChannelKey(); err != nil {
 		return nil, err
 	}
@@ -73,7 +88,11 @@ func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *
 	if err := d.report(err); err != nil {
 		return nil, err
 	}
-	return d, d.checkMeasured(s)
+	if err := d.checkMeasured(s); err != nil {
+		return nil, err
+	}
+	d.openAudit()
+	return d, nil
 }
 
 // provableConfig turns loosened settings off when the log is damaged or lost, so that
@@ -135,6 +154,7 @@ func (d *daemon) report(err error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if now != "" && now != d.diverged {
+		d.metrics.foreign.Add(1)
 		d.log.Error("registers and log disagree", "error", now, "on_foreign_extend", d.cfg.OnForeignExtend)
 	}
 	d.diverged = now
@@ -145,7 +165,8 @@ func (d *daemon) report(err error) error {
 func (d *daemon) Evidence(ctx context.Context, rd measure.ReportData, c guestapi.Caller) (*measure.Evidence, error) {
 	ctx, cancel := context.WithTimeout(ctx, quoteWait)
 	defer cancel()
-	ev, err := d.attester.Evidence(ctx, rd, fmt.Sprintf("%d/%d", c.UID, c.PID))
+	ev, err := d.attester.Evidence(ctx, rd, c.Account())
+	d.metrics.quoted("local", err)
 	if err != nil {
 		if d.report(err) != nil {
 			d.log.Warn("no quote", "error", err)
@@ -177,6 +198,7 @@ func (d *daemon) emit(ctx context.Context, e measure.Entry) (measure.Record, err
 		d.report(err)
 		return measure.Record{}, err
 	}
+	d.extended.ring()
 	d.log.Info("event extended into RTMR3", "event", r.Name, "seq", r.Seq, "rtmr3", r.Next, "caller", r.Caller)
 	return r, nil
 }

@@ -231,7 +231,7 @@ func (c *demoCVM) close() {
 }
 
 func (c *demoCVM) quote(ctx context.Context, rd measure.ReportData) (*measure.Evidence, error) {
-	return c.attester.Evidence(ctx, rd, "channel")
+	return c.attester.RemoteEvidence(ctx, rd)
 }
 
 // live is RTMR3, as the log explains it.

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 
 	"tdx-agent/measure"
+	"tdx-agent/remote/forward"
 )
 
 // Exit statuses. They are part of the interface: never renumber them.
@@ -58,6 +60,14 @@ func exitCode(err error) int {
 		return exitUnsupported
 	case errors.Is(err, context.DeadlineExceeded):
 		return exitTimeout
+	}
+	if e, ok := errors.AsType[*forward.EgressError](err); ok {
+		switch {
+		case e.Status == http.StatusForbidden:
+			return exitDenied
+		case e.Timeout():
+			return exitTimeout
+		}
 	}
 	return exitFailure
 }

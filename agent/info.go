@@ -91,7 +91,7 @@ func (d *daemon) status(ctx context.Context) *status.Status {
 		Backend:  status.Backend{Quotes: d.backend.quoteSource, Registers: d.backend.registerSource, CanExtend: d.backend.canExtend},
 		Log:      status.Log{Events: len(s.Records), MaxEvents: measure.DefaultMaxEvents, Verdict: status.Match},
 		Quotes:   d.attester.Stats(),
-		Loosened: d.cfg.loosened(), Access: d.access, Notes: slices.Clone(d.backend.notes), NotReady: []string{},
+		Loosened: d.cfg.loosened(), Access: d.access, Audit: d.auditStatus(), Notes: slices.Clone(d.backend.notes), NotReady: []string{},
 	}
 	if n := len(s.Records); n > 0 {
 		st.Log.Last, st.Log.LastTime = s.Records[n-1].Name, s.Records[n-1].Time
@@ -105,16 +105,20 @@ func (d *daemon) status(ctx context.Context) *status.Status {
 		st.Log.Verdict = status.Unread
 	}
 	d.report(err)
-	if d.cfg.Compat.FullAccess && d.keys.absent != nil {
+	if d.cfg.givesKeys() && d.keys.absent != nil {
 		st.Notes = append(st.Notes, d.keys.absent.Error())
 	}
 	d.identity(st, events, s)
+	st.Notes = append(st.Notes, d.rawNotes(st.Identity.KeyProvider)...)
 	if st.Quotes.LastSuccess.IsZero() {
 		why := "no quote was made yet"
 		if d.backend.quoter == nil {
 			why = "this kernel offers no quotes"
 		}
 		st.NotReady = append(st.NotReady, why)
+	}
+	if why := d.keys.missing(); why != nil {
+		st.NotReady = append(st.NotReady, why.Error())
 	}
 	st.Ready = len(st.NotReady) == 0
 	if st.Notes == nil {

@@ -17,16 +17,26 @@ import (
 
 // The sockets by the names systemd passes them under (FileDescriptorName=).
 const (
-	socketDstack  = "dstack"
-	socketTappd   = "tappd"
-	socketAgent   = "agent"
-	socketAdmin   = "admin"
-	socketChannel = "channel" // optional: only where the machine has attested channels
+	socketDstack   = "dstack"
+	socketTappd    = "tappd"
+	socketAgent    = "agent"
+	socketAdmin    = "admin"
+	socketChannel  = "channel"  // optional: only where the machine has attested channels
+	socketEgress   = "egress"   // of tdx-agent egress
+	socketEndpoint = "endpoint" // of tdx-agent endpoint
+	socketWorker   = "worker"   // optional: only with worker.listen
 )
 
-// socketModes are the sockets of serve. Containers have arbitrary user ids, so
-// dstack's two are open to all, and what they give is limited instead.
-var socketModes = map[string]fs.FileMode{socketDstack: 0o666, socketTappd: 0o666, socketAgent: 0o660, socketAdmin: 0o600, socketChannel: 0o660}
+// socketModes returns the sockets of serve. Containers have arbitrary user ids, so
+// dstack's two are open to all, and what they give is limited instead. An application's
+// is in a folder of its own: into whichever container that is mounted, can open it.
+func socketModes(cfg *Config) map[string]fs.FileMode {
+	modes := map[string]fs.FileMode{socketDstack: 0o666, socketTappd: 0o666, socketAgent: 0o660, socketAdmin: 0o600, socketChannel: 0o660, socketWorker: 0o666}
+	for i := range cfg.Applications {
+		modes[socketOf(cfg.Applications[i].Name)] = 0o666
+	}
+	return modes
+}
 
 // listenAll takes the sockets from systemd, all of them and by name, or binds them.
 func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener, error) {
@@ -35,15 +45,30 @@ func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener
 		return nil, fmt.Errorf("sockets from systemd: %w", err)
 	}
 	if len(passed) > 0 {
-		return takeListeners(passed)
+		return takeListeners(passed, cfg)
 	}
 	paths := map[string]string{socketDstack: cfg.Sockets.Dstack, socketTappd: cfg.Sockets.Tappd, socketAgent: dir.agentSocket(), socketAdmin: dir.adminSocket(), socketChannel: dir.channelSocket()}
 	if given {
 		paths[socketDstack], paths[socketTappd] = dir.path("dstack.sock"), dir.path("tappd.sock")
 	}
+	for i := range cfg.Applications {
+		name := cfg.Applications[i].Name
+		paths[socketOf(name)] = dir.applicationSocket(name)
+	}
+	switch cfg.Worker.Listen {
+	case "":
+	case workerInherited:
+		return nil, exitf(exitConfig, "worker.listen is %q, but systemd has passed no sockets; start tdx-agent-worker.socket, or give the path of a Unix socket", workerInherited)
+	default:
+		paths[socketWorker] = cfg.Worker.Listen
+	}
+	return bindListeners(paths, socketModes(cfg))
+}
+
+func bindListeners(paths map[string]string, modes map[string]fs.FileMode) (map[string]net.Listener, error) {
 	all := map[string]net.Listener{}
 	for name, path := range paths {
-		l, err := listenUnix(path, socketModes[name])
+		l, err := listenUnix(path, modes[name])
 		if err != nil {
 			closeAll(all)
 			return nil, err
@@ -53,20 +78,30 @@ func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener
 	return all, nil
 }
 
-func takeListeners(passed map[string][]net.Listener) (map[string]net.Listener, error) {
+// takeListeners takes what systemd has passed.
+func takeListeners(passed map[string][]net.Listener, cfg *Config) (map[string]net.Listener, error) {
 	all := map[string]net.Listener{}
+	modes := socketModes(cfg)
 	var problems []error
 	for name, ls := range passed {
-		if _, known := socketModes[name]; !known || len(ls) != 1 {
-			problems = append(problems, fmt.Errorf("systemd passed %d sockets named %q; want one of each of dstack, tappd, agent, admin, and perhaps channel (FileDescriptorName=)", len(ls), name))
+		if _, known := modes[name]; !known || len(ls) != 1 {
+			problems = append(problems, fmt.Errorf("systemd passed %d sockets named %q; want one of each of dstack, tappd, agent, admin, app-NAME of every application in agent.toml, and perhaps channel and worker (FileDescriptorName=)", len(ls), name))
 			continue
 		}
 		all[name] = ls[0]
 	}
-	for name := range socketModes {
-		if _, ok := passed[name]; !ok && name != socketChannel {
-			problems = append(problems, fmt.Errorf("systemd passed no socket named %q; start the .socket units", name))
+	for name := range modes {
+		if _, ok := passed[name]; !ok && name != socketChannel && name != socketWorker {
+			problems = append(problems, fmt.Errorf("systemd passed no socket named %q; start the .socket units (of application NAME: tdx-agent-app@NAME.socket)", name))
 		}
+	}
+	switch worker := cfg.Worker.Listen; {
+	case worker == workerInherited && all[socketWorker] == nil:
+		problems = append(problems, fmt.Errorf("worker.listen is %q, but systemd passed no socket named %q; start tdx-agent-worker.socket", worker, socketWorker))
+	case worker != workerInherited && all[socketWorker] != nil:
+		problems = append(problems, fmt.Errorf("systemd passed a socket named %q, but worker.listen is %q; write listen = %q under [worker], or disable tdx-agent-worker.socket", socketWorker, worker, workerInherited))
+	case worker != workerInherited && worker != "":
+		problems = append(problems, fmt.Errorf("worker.listen is %q, but systemd passes the sockets; write listen = %q under [worker], and let ListenStream= of tdx-agent-worker.socket name the path", worker, workerInherited))
 	}
 	if len(problems) > 0 {
 		closeAll(all)

@@ -15,7 +15,7 @@ import (
 )
 
 func newLog(g *globals) *cobra.Command {
-	cmd := &cobra.Command{Use: "log", Short: "Show, replay or export the event log", Args: cobra.NoArgs, RunE: needsSubcommand}
+	cmd := &cobra.Command{Use: "log", Short: "Show, replay or export the event log; verify the audit record", Args: cobra.NoArgs, RunE: needsSubcommand}
 	show := &cobra.Command{
 		Use: "show", Short: "Show the RTMR3 log, one event a line", Args: cobra.NoArgs, Example: "  tdx-agent log show",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -67,7 +67,7 @@ Exit status 7 when the agent's log and registers differ, 6 when those of FILE do
 			})
 		},
 	}
-	cmd.AddCommand(show, replay, export)
+	cmd.AddCommand(show, replay, export, newAudit(g))
 	return cmd
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -56,6 +57,7 @@ func (d *daemon) operatorHandler() http.Handler {
 		fmt.Fprintln(w, "ok")
 	})
 	mux.HandleFunc("GET /readyz", d.serveReady)
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { d.exposition(r.Context()).ServeHTTP(w, r) })
 	return mux
 }
 
@@ -123,7 +125,14 @@ type emitReply struct {
 func (d *daemon) adminHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v1/emit", func(w http.ResponseWriter, r *http.Request) {
-		record, err := d.adminEmit(r)
+		start, req := time.Now(), emitRequest{}
+		b, err := readLimited(r.Body, "request", 64<<10)
+		if err != nil {
+			replyError(w, withExit(exitUsage, err))
+			return
+		}
+		record, err := d.adminEmit(r.Context(), b, &req)
+		d.recordRequest(r, socketAdmin, guestapi.Record{Method: "emit", Class: guestapi.ClassMeasure, Name: req.Event, Arguments: b, Took: time.Since(start)}, err)
 		if err != nil {
 			replyError(w, err)
 			return
@@ -133,12 +142,7 @@ func (d *daemon) adminHandler() http.Handler {
 	return mux
 }
 
-func (d *daemon) adminEmit(r *http.Request) (measure.Record, error) {
-	var req emitRequest
-	b, err := readLimited(r.Body, "request", 64<<10)
-	if err != nil {
-		return measure.Record{}, withExit(exitUsage, err)
-	}
+func (d *daemon) adminEmit(ctx context.Context, b []byte, req *emitRequest) (measure.Record, error) {
 	if err := strictObject(b, map[string]*string{"event": &req.Event, "payload": &req.Payload, "idempotency_key": &req.Key}); err != nil {
 		return measure.Record{}, withExit(exitUsage, fmt.Errorf("request: %w", err))
 	}
@@ -152,7 +156,7 @@ func (d *daemon) adminEmit(r *http.Request) (measure.Record, error) {
 	if err := guestapi.CheckEvent(req.Event, payload); err != nil {
 		return measure.Record{}, err // with its own exit status
 	}
-	return d.emit(r.Context(), measure.Entry{Name: req.Event, Payload: payload, Key: req.Key, Caller: "admin"})
+	return d.emit(ctx, measure.Entry{Name: req.Event, Payload: payload, Key: req.Key, Caller: "admin"})
 }
 
 // strictObject decodes one JSON object of strings, and nothing after it. What it
@@ -206,7 +210,19 @@ func reply(w http.ResponseWriter, code int, v any) {
 	w.Write(append(b, '\n'))
 }
 
+// refusalReply is the answer to a request that failed.
+type refusalReply struct {
+	Error string `json:"error"`
+	// RetryAfter is when to try again, where that helps.
+	RetryAfter int64 `json:"retry_after_ms,omitempty"`
+}
+
 func replyError(w http.ResponseWriter, err error) {
 	w.Header().Set(guestapi.ExitHeader, strconv.Itoa(exitCode(err)))
-	reply(w, http.StatusBadRequest, map[string]string{"error": err.Error()})
+	status, answer := http.StatusBadRequest, refusalReply{Error: err.Error()}
+	var busy interface{ RetryAfter() time.Duration }
+	if errors.As(err, &busy) {
+		status, answer.RetryAfter = http.StatusTooManyRequests, max(1, busy.RetryAfter().Milliseconds())
+	}
+	reply(w, status, answer)
 }

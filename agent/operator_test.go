@@ -3,11 +3,13 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/measure/tdxsim"
@@ -116,4 +118,38 @@ func TestStartsOnDamagedLog(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestOperatorConnectionsAreBounded opens what one user may have open on each of the
+// operators' sockets. The next command is told so, and one connection less lets it in.
+func TestOperatorConnectionsAreBounded(t *testing.T) {
+	dir := shortDir(t)
+	p := startAgent(t, dir)
+	p.answering()
+	for socket, args := range map[string][]string{dir.agentSocket(): {"status"}, dir.adminSocket(): {"emit", "x", "00"}} {
+		var held []net.Conn
+		for range maxConnsPerUID {
+			c, err := net.Dial("unix", socket)
+			check(t, err)
+			defer c.Close()
+			held = append(held, c)
+		}
+		if out := p.wantExit(exitThrottled, args...); !strings.Contains(out, "too many open connections") {
+			t.Errorf("%q beyond the bound says %s", args, out)
+		}
+		held[0].Close()
+		p.freed(socket)
+		p.wantExit(0, args...)
+	}
+}
+
+// freed waits until the agent takes a request on this socket again.
+func (p *agentProcess) freed(socket string) {
+	p.t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if _, err := call(p.t.Context(), socket, "GET", "/nothing", nil); exitCode(err) == exitFailure {
+			return // its own 404
+		}
+	}
+	p.t.Fatalf("%s does not free a connection that was closed", socket)
 }

@@ -20,6 +20,7 @@ func (d runtimeDir) ccel() string            { return d.path("log/ccel") }
 func (d runtimeDir) agentKey() string        { return d.path("log/agent.key") }
 func (d runtimeDir) seed() string            { return d.path("log/instance-id-seed") }
 func (d runtimeDir) appSeed() string         { return d.path("log/app-seed") }
+func (d runtimeDir) kmsCollateral() string   { return d.path("log/kms-collateral") }
 func (d runtimeDir) td() string              { return d.path("td") }
 func (d runtimeDir) simulatedRoot() string {
 	return d.path("simulated-root.pem")
@@ -27,9 +28,14 @@ func (d runtimeDir) simulatedRoot() string {
 func (d runtimeDir) simulatedCollateral() string {
 	return d.path("simulated-collateral.json")
 }
-func (d runtimeDir) agentSocket() string   { return d.path("agent.sock") }
-func (d runtimeDir) adminSocket() string   { return d.path("admin.sock") }
+func (d runtimeDir) agentSocket() string { return d.path("agent.sock") }
+func (d runtimeDir) adminSocket() string { return d.path("admin.sock") }
+func (d runtimeDir) peers() string       { return d.path("peers") }
+func (d runtimeDir) peerSocket(name string) string {
+	return filepath.Join(d.peers(), name+".sock")
+}
 func (d runtimeDir) channelSocket() string { return d.path("channel.sock") }
+func (d runtimeDir) egressSocket() string  { return d.path("egress.sock") }
 
 // serverRuntimeDir returns the folder for a process that serves or measures, made
 // where that is its business.

@@ -3,17 +3,22 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -59,8 +64,29 @@ func TestScripts(t *testing.T) {
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
-		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"http": scriptHTTP, "corrupt": scriptCorrupt, "flip": scriptFlip, "substitute": scriptSubstitute, "waitfor": scriptWaitFor, "post-file": scriptPostFile, "replace-value": scriptReplaceValue,
-			"appkeys": scriptAppKeys, "appcert": scriptAppCert},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"http":          scriptHTTP,
+			"corrupt":       scriptCorrupt,
+			"flip":          scriptFlip,
+			"substitute":    scriptSubstitute,
+			"waitfor":       scriptWaitFor,
+			"hold-http":     scriptHoldHTTP,
+			"post-file":     scriptPostFile,
+			"replace-value": scriptReplaceValue,
+			"appkeys":       scriptAppKeys,
+			"appcert":       scriptAppCert,
+			"exits":         scriptExits,
+			"free-address":  scriptFreeAddress,
+			"webserver":     scriptWebServer,
+			"expand":        scriptExpand,
+			"hangup":        scriptHangup,
+			"waitline":      scriptWaitLine,
+			"sink":          scriptSink,
+			"hold":          scriptHold,
+			"newcert":       scriptNewCert,
+			"append":        scriptAppend,
+			"cut-lines":     scriptCutLines,
+		},
 	})
 }
 
@@ -95,10 +121,43 @@ func scriptPostFile(ts *testscript.TestScript, neg bool, args []string) {
 	scriptRequest(ts, neg, http.MethodPost, args[0], args[1], string(b))
 }
 
-// scriptWaitFor waits until a Unix socket takes connections, at most 20 s.
+// scriptExits runs a program that must end with this status: exits STATUS PROGRAM ARG....
+func scriptExits(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: exits STATUS PROGRAM ARG...")
+	}
+	got := 0
+	err := ts.Exec(args[1], args[2:]...)
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		got, err = exit.ExitCode(), nil
+	}
+	ts.Check(err)
+	if strconv.Itoa(got) != args[0] {
+		ts.Fatalf("exit status is %d, want %s", got, args[0])
+	}
+}
+
+// scriptHoldHTTP opens a connection to an HTTP server on a Unix socket, and keeps it until
+// the session ends.
+func scriptHoldHTTP(ts *testscript.TestScript, _ bool, args []string) {
+	c, err := net.Dial("unix", args[0])
+	ts.Check(err)
+	ts.Defer(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	_, err = io.WriteString(c, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	ts.Check(err)
+	_, err = io.ReadFull(c, make([]byte, 1))
+	ts.Check(err)
+}
+
+// scriptWaitFor waits until a Unix socket, or HOST:PORT, takes connections, at most 20 s.
 func scriptWaitFor(ts *testscript.TestScript, _ bool, args []string) {
+	network := "tcp"
+	if strings.HasPrefix(args[0], "/") {
+		network = "unix"
+	}
 	for range 2000 {
-		if c, err := net.Dial("unix", args[0]); err == nil {
+		if c, err := net.Dial(network, args[0]); err == nil {
 			c.Close()
 			return
 		}
@@ -152,6 +211,29 @@ func scriptSubstitute(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Fatalf("%s does not hold %q", args[0], args[1])
 	}
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), bytes.Replace(b, []byte(args[1]), []byte(args[2]), 1), 0o600))
+}
+
+// scriptAppend adds a string to a file: append FILE TEXT.
+func scriptAppend(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: append FILE TEXT")
+	}
+	b, err := os.ReadFile(ts.MkAbs(args[0]))
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), append(b, args[1]...), 0o600))
+}
+
+// scriptCutLines removes the last lines of a file: cut-lines FILE COUNT.
+func scriptCutLines(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: cut-lines FILE COUNT")
+	}
+	count, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	b, err := os.ReadFile(ts.MkAbs(args[0]))
+	ts.Check(err)
+	lines := bytes.SplitAfter(b, []byte("\n")) // nothing follows the last line feed
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), bytes.Join(lines[:len(lines)-1-count], nil), 0o600))
 }
 
 // scriptFlip changes one bit of a file: flip FILE OFFSET.
@@ -230,4 +312,79 @@ func scriptAppCert(ts *testscript.TestScript, _ bool, args []string) {
 		}
 		return
 	}
+}
+
+// scriptHangup sends SIGHUP to the background commands that have an argument: hangup
+// ARGUMENT.
+func scriptHangup(ts *testscript.TestScript, _ bool, args []string) {
+	found := false
+	for _, cmd := range ts.BackgroundCmds() {
+		if slices.Contains(cmd.Args, args[0]) {
+			ts.Check(cmd.Process.Signal(syscall.SIGHUP))
+			found = true
+		}
+	}
+	if !found {
+		ts.Fatalf("nothing runs with argument %q", args[0])
+	}
+}
+
+// scriptWaitLine waits until a file, such as the log of a background command, has a text
+// so many times, at most 20 s: waitline FILE COUNT TEXT.
+func scriptWaitLine(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 3 {
+		ts.Fatalf("usage: waitline FILE COUNT TEXT")
+	}
+	count, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	var b []byte
+	for range 2000 {
+		if b, err = os.ReadFile(ts.MkAbs(args[0])); err == nil && strings.Count(string(b), args[2]) >= count {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	ts.Fatalf("%s has not %d times %q:\n%s", args[0], count, args[2], b)
+}
+
+// scriptSink listens on a Unix socket, and holds what connects: sink SOCKET.
+func scriptSink(ts *testscript.TestScript, _ bool, args []string) {
+	l, err := net.Listen("unix", args[0])
+	ts.Check(err)
+	done := make(chan struct{})
+	ts.Defer(func() { l.Close(); <-done })
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer c.Close()
+		}
+	}()
+}
+
+// scriptHold connects to a Unix socket and holds the connection: hold SOCKET.
+func scriptHold(ts *testscript.TestScript, _ bool, args []string) {
+	c, err := net.Dial("unix", args[0])
+	ts.Check(err)
+	ts.Defer(func() { c.Close() })
+}
+
+// scriptNewCert waits until a TLS server shows another certificate than the one in a
+// file, at most 20 s: newcert FILE ADDRESS.
+func scriptNewCert(ts *testscript.TestScript, _ bool, args []string) {
+	block, _ := pem.Decode([]byte(ts.ReadFile(args[0])))
+	for range 60 {
+		c, err := tls.Dial("tcp", args[1], &tls.Config{InsecureSkipVerify: true})
+		ts.Check(err)
+		shown := c.ConnectionState().PeerCertificates[0].Raw
+		c.Close()
+		if !bytes.Equal(shown, block.Bytes) {
+			return
+		}
+		time.Sleep(300 * time.Millisecond) // an endpoint takes 5 a second from one address
+	}
+	ts.Fatalf("%s still shows the certificate in %s", args[1], args[0])
 }

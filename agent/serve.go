@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"time"
 
-	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"tdx-agent/agent/guestapi"
@@ -105,28 +104,35 @@ func serveFiles(ctx context.Context, cfg *Config, o serveOptions, dir runtimeDir
 // run serves on the listeners until ctx ends or a server fails.
 func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, stderr io.Writer) error {
 	group, ctx := errgroup.WithContext(ctx)
-	app := guestapi.Grants{Read: true, Quote: true, RawReportData: d.cfg.Compat.RawReportData, Measure: d.cfg.Compat.FullAccess, Keys: d.cfg.Compat.FullAccess}
-	d.access = []status.Access{
-		{Socket: listeners[socketDstack].Addr().String(), Grants: grantNames(app)},
-		{Socket: listeners[socketTappd].Addr().String(), Grants: grantNames(app)},
-		{Socket: listeners[socketAgent].Addr().String(), Grants: []string{"status", "log"}},
-		{Socket: listeners[socketAdmin].Addr().String(), Grants: []string{"emit"}},
+	for _, g := range d.guestSockets(listeners) {
+		d.access = append(d.access, g.access())
+		d.start(ctx, group, d.guestServer(g), g.listener)
 	}
-	for name, surface := range map[string]guestapi.Surface{socketDstack: guestapi.Dstack, socketTappd: guestapi.Tappd} {
-		s := guestapi.NewServer(guestapi.Config{Surface: surface, Grants: app, Guest: d, Keys: d.appKeys, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait})
-		d.start(ctx, group, s, listeners[name])
-	}
-	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])
-	d.start(ctx, group, newHTTPServer(d.adminHandler()), listeners[socketAdmin])
+	d.access = append(d.access, status.Access{Socket: listeners[socketAgent].Addr().String(), Grants: []string{"status", "log"}},
+		status.Access{Socket: listeners[socketAdmin].Addr().String(), Grants: []string{"emit"}})
 	if l := listeners[socketChannel]; l != nil {
-		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"channel evidence"}})
+		grants := []string{"channel evidence"}
+		if d.cfg.RATLS.Endpoint {
+			grants = append(grants, "RA-TLS certificate evidence")
+		}
+		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: grants})
 		d.start(ctx, group, newHTTPServer(d.channelHandler()), l)
 	}
+	if l := listeners[socketWorker]; l != nil {
+		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"read", "application key's attestation"}})
+		d.start(ctx, group, d.workerServer(), l)
+	}
+	// Last, since status reads the list of accesses.
+	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])
+	d.start(ctx, group, newHTTPServer(d.adminHandler()), listeners[socketAdmin])
 	group.Go(func() error { d.background(ctx); return nil })
-	group.Go(func() error { d.watchdog(ctx); return nil })
+	group.Go(func() error { d.keepKeys(ctx); return nil })
+	// A slow host does not count against the agent; a lock of the log or a quote that
+	// nobody gives back does.
+	group.Go(func() error { keepNotified(ctx, d.log, d.alive, d.statusLine); return nil })
 	d.announce(stderr, listeners)
 	err := group.Wait()
-	sdnotify.SdNotify(false, sdnotify.SdNotifyStopping)
+	d.closeAudit()
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		return nil
 	}
@@ -157,15 +163,27 @@ func (d *daemon) start(ctx context.Context, group *errgroup.Group, s server, l n
 	})
 }
 
-func newHTTPServer(h http.Handler) *http.Server {
-	return &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
-		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
+// The bounds of what is open at once on a socket that is not dstack's.
+const (
+	maxConns       = 128
+	maxConnsPerUID = 64
+)
+
+// boundServer is an HTTP server that turns away connections beyond its bounds.
+type boundServer struct{ *http.Server }
+
+func (s boundServer) Serve(l net.Listener) error {
+	return s.Server.Serve(guestapi.LimitListener(l, maxConns, maxConnsPerUID))
 }
 
-// announce says that the agent serves: to systemd, and to whoever started it. The
-// self check came before; a quote does not, since the host may be silent for 31 s.
+func newHTTPServer(h http.Handler) boundServer {
+	return boundServer{&http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ConnContext: guestapi.ConnContext, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}}
+}
+
+// announce tells whoever started the agent that it serves. The self check came before;
+// a quote does not, since the host may be silent for 31 s.
 func (d *daemon) announce(stderr io.Writer, listeners map[string]net.Listener) {
-	sdnotify.SdNotify(false, sdnotify.SdNotifyReady+"\nSTATUS="+d.statusLine())
 	d.log.Info("serving", "version", version(), "simulated", d.backend.simulated, "quotes", d.backend.quoteSource, "registers", d.backend.registerSource,
 		"sockets", sortedNames(listeners), "loosened", d.cfg.switches())
 	if d.backend.simulated {
@@ -187,40 +205,4 @@ func (d *daemon) statusLine() string {
 	}
 	q := d.attester.Stats()
 	return fmt.Sprintf("RTMR3 ok seq=%d; quotes %d ok, %d failed", len(s.Records), q.OK, q.Failed)
-}
-
-// watchdog tells systemd that the log's lock and the quote queue still move. A slow
-// host does not count against the agent; a lock that nobody gives back does.
-func (d *daemon) watchdog(ctx context.Context) {
-	interval, err := sdnotify.SdWatchdogEnabled(false)
-	if err != nil || interval == 0 {
-		return
-	}
-	tick := time.NewTicker(max(interval/3, 100*time.Millisecond))
-	defer tick.Stop()
-	for {
-		if err := d.alive(ctx); err == nil {
-			sdnotify.SdNotify(false, sdnotify.SdNotifyWatchdog+"\nSTATUS="+d.statusLine())
-		} else if ctx.Err() == nil {
-			d.log.Error("watchdog", "error", err)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-	}
-}
-
-func grantNames(g guestapi.Grants) []string {
-	var names []string
-	for _, n := range []struct {
-		on   bool
-		name string
-	}{{g.Read, "read"}, {g.Quote, "quote"}, {g.RawReportData, "raw report data"}, {g.Keys, "keys"}, {g.Measure, "events"}} {
-		if n.on {
-			names = append(names, n.name)
-		}
-	}
-	return names
 }

@@ -33,6 +33,8 @@ type verifierFlags struct {
 	staleGrace              time.Duration
 	allowRollback           bool
 	collateral, pccs        []string
+	dial                    dialFunc // of collateral; nil: this process's own network
+	isReal                  bool     // our TD is real, though this process may not see it
 }
 
 func (f *verifierFlags) add(cmd *cobra.Command) {
@@ -55,6 +57,20 @@ const stateDefault = "/var/lib/tdx-agent"
 
 // verifier makes the Verifier that the flags ask for.
 func (f *verifierFlags) verifier(ctx context.Context, log *slog.Logger) (*remote.Verifier, *collateral.Store, error) {
+	policy, store, err := f.sources(ctx, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	now, err := f.clock()
+	if err != nil {
+		return nil, nil, err
+	}
+	v, err := remote.NewVerifier(remote.Config{Policy: policy, Collateral: store, Now: now, RealHardware: f.isReal || tsm.Present(tsm.Paths{})})
+	return v, store, withExit(exitConfig, err)
+}
+
+// sources reads what the flags name.
+func (f *verifierFlags) sources(ctx context.Context, log *slog.Logger) (*remote.Policy, *collateral.Store, error) {
 	policy, err := f.readPolicy(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -64,11 +80,7 @@ func (f *verifierFlags) verifier(ctx context.Context, log *slog.Logger) (*remote
 		return nil, nil, err
 	}
 	store, err := f.store(policy, now, log)
-	if err != nil {
-		return nil, nil, err
-	}
-	v, err := remote.NewVerifier(remote.Config{Policy: policy, Collateral: store, Now: now, RealHardware: tsm.Present(tsm.Paths{})})
-	return v, store, withExit(exitConfig, err)
+	return policy, store, err
 }
 
 func (f *verifierFlags) readPolicy(ctx context.Context) (p *remote.Policy, err error) {
@@ -143,8 +155,8 @@ func (f *verifierFlags) store(p *remote.Policy, now func() time.Time, log *slog.
 		return nil, withExit(exitConfig, err)
 	}
 	cfg := collateral.Config{Roots: roots, Files: f.collateral, PCCS: f.pccs, Now: now, Logger: log,
-		IntelPCS:   len(f.collateral) == 0 && len(f.pccs) == 0 && slices.Contains(roots.Pins(), dcap.IntelRoot()),
-		StaleGrace: f.staleGrace, AllowRollback: f.allowRollback}
+		IntelPCS: len(f.collateral) == 0 && len(f.pccs) == 0 && slices.Contains(roots.Pins(), dcap.IntelRoot()),
+		Dial:     f.dial, StaleGrace: f.staleGrace, AllowRollback: f.allowRollback}
 	if (cfg.IntelPCS || len(f.pccs) > 0) && f.at == "" {
 		if cfg.Dir, err = f.stateDir(); err != nil {
 			return nil, err
@@ -158,6 +170,8 @@ func (f *verifierFlags) stateDir() (string, error) {
 	dir := f.state
 	switch {
 	case dir != "":
+	case os.Getenv("STATE_DIRECTORY") != "": // systemd's StateDirectory=
+		dir = os.Getenv("STATE_DIRECTORY")
 	case os.Geteuid() == 0:
 		dir = stateDefault
 	default:

@@ -37,7 +37,8 @@ func newVerifyServe() *cobra.Command {
 		Long: `Serve dstack-verifier's HTTP API. A request carries attestation, or quote with
 event_log and vm_config; the answer's is_valid is this program's verdict under the
 policy. The request does not say which report data it expects: compare report_data.
-There is no TLS and no authorisation: keep it on a loopback address, or behind a proxy.`,
+There is no TLS and no authorisation: keep it on a loopback address, or behind a proxy.
+SIGHUP reloads the policy; one that cannot be read leaves the last one in force.`,
 		Example: "  tdx-agent verify serve --policy policy.toml --listen 127.0.0.1:8080",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -52,16 +53,17 @@ There is no TLS and no authorisation: keep it on a loopback address, or behind a
 			if err != nil {
 				return err
 			}
-			l, err := listenAddress(cmd.Context(), listen)
+			l, err := listenAddress(cmd.Context(), listen, 0o600)
 			if err != nil {
 				return err
 			}
 			for _, n := range v.Policy().Loosened() {
 				log.Warn("policy", "note", n)
 			}
-			log.Info("serving", "address", l.Addr().String(), "policy", v.Policy().ID, "simulated", v.Policy().Simulated())
+			reload := f.reloader(v, store, log)
 			group, ctx := errgroup.WithContext(cmd.Context())
-			group.Go(func() error { return store.Run(ctx) })
+			reload.start(ctx, group, nil)
+			log.Info("serving", "address", l.Addr().String(), "policy", v.Policy().ID, "generation", v.Generation(), "simulated", v.Policy().Simulated())
 			group.Go(func() error { return serveHTTP(ctx, newHTTPServer(verifyHandler(v)), l) })
 			if err := group.Wait(); cmd.Context().Err() == nil {
 				return err
@@ -75,7 +77,7 @@ There is no TLS and no authorisation: keep it on a loopback address, or behind a
 }
 
 // serveHTTP serves until ctx ends; requests then have a moment to finish.
-func serveHTTP(ctx context.Context, s *http.Server, l net.Listener) error {
+func serveHTTP(ctx context.Context, s server, l net.Listener) error {
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
 	select {

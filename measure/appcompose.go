@@ -166,14 +166,18 @@ func composeGPUPolicy(o guestObject, c *AppCompose) error {
 }
 
 // KeyProvider returns the provider that the app-compose asks for, with the id that
-// .appkeys.json gives it. Without that file the id is empty. It is an error if the
-// two name different kinds.
+// .appkeys.json gives it. Without that file the id is the key_provider_id of the
+// app-compose, which may be empty: whoever gets the keys later must get them from that
+// one. It is an error if the two name different kinds.
 func (f *GuestFiles) KeyProvider() (KeyProvider, error) {
 	p := KeyProvider{Kind: f.Compose.KeyProvider}
 	if p.Kind.eventName() == "" {
 		return KeyProvider{}, fmt.Errorf("key provider %q, want none, kms, local or tpm", p.Kind)
 	}
 	if f.AppKeys == nil {
+		if p.Kind == KeyProviderKMS || p.Kind == KeyProviderLocal {
+			p.ID = f.Compose.KeyProviderID
+		}
 		return p, nil
 	}
 	if got := f.AppKeys.KeyProvider.Kind; got != p.Kind {

@@ -77,11 +77,19 @@ func (e *PlatformError) Error() string {
 // event needs version 1.
 func NewAttestation(ev *Evidence, rd ReportData) *Attestation {
 	a := &Attestation{Version: AttestationV0, Quote: ev.Quote, Events: ev.Events, ReportData: rd, VMConfig: ev.VMConfig, Stack: stackDstack}
-	for _, e := range ev.Events {
+	n := 0
+	for i := range ev.Events {
+		if ev.Events[i].IsRuntime() {
+			n++
+		}
+	}
+	a.RuntimeEvents = slices.Grow(a.RuntimeEvents, n)
+	for i := range ev.Events {
+		e := &ev.Events[i]
 		if !e.IsRuntime() {
 			continue
 		}
-		a.RuntimeEvents = append(a.RuntimeEvents, e)
+		a.RuntimeEvents = append(a.RuntimeEvents, *e)
 		if e.Version == EventV2 {
 			a.Version = AttestationV1
 		}

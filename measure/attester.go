@@ -2,6 +2,7 @@ package measure
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -37,11 +38,14 @@ type Attester struct {
 type QuoteStats struct {
 	OK          int       `json:"ok"`
 	Failed      int       `json:"failed"`
+	Busy        int       `json:"busy"` // refused, because too many waited
 	LastSuccess time.Time `json:"last_success,omitzero"`
-	LastError   string    `json:"last_error,omitempty"`
+	LastFailure time.Time `json:"last_failure,omitzero"`
+	LastError   string    `json:"last_error,omitempty"` // of the last failure, until a quote works
 	LastMillis  int64     `json:"last_ms"`
-	Queued      int       `json:"queued"`  // quotes that wait for their turn
-	Waiting     int       `json:"waiting"` // callers who wait for one
+	Queued      int       `json:"queued"`         // quotes that wait for their turn
+	Remote      int       `json:"queued_channel"` // of these for the peers of channels
+	Waiting     int       `json:"waiting"`        // callers who wait for one
 }
 
 // NewAttester returns an Attester; it makes no quote yet.
@@ -78,28 +82,42 @@ func (a *Attester) CheckBoot(r Registers) error {
 // No lock is held while the host works: every record knows the register's value
 // after it, so the quote itself tells which prefix of the log belongs to it.
 func (a *Attester) Evidence(ctx context.Context, rd ReportData, caller string) (*Evidence, error) {
+	return a.counted(ctx, rd, &a.queue.local, caller)
+}
+
+// RemoteEvidence is [Attester.Evidence] for somebody outside this TD. All of them
+// together get at most half of the host's time, and whoever is in this TD the rest.
+func (a *Attester) RemoteEvidence(ctx context.Context, rd ReportData) (*Evidence, error) {
+	return a.counted(ctx, rd, &a.queue.remote, "")
+}
+
+func (a *Attester) counted(ctx context.Context, rd ReportData, l *line, caller string) (*Evidence, error) {
 	start := time.Now()
-	ev, quote, err := a.evidence(ctx, rd, caller)
+	ev, quote, err := a.evidence(ctx, rd, l, caller)
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if errors.As(err, new(*BusyError)) {
+		a.stats.Busy++
+		return nil, err
+	}
 	if err != nil {
 		a.stats.Failed++
-		a.stats.LastError = err.Error()
+		a.stats.LastFailure, a.stats.LastError = time.Now().UTC(), err.Error()
 		return nil, err
 	}
 	a.last = quote
 	a.stats.OK++
-	a.stats.LastSuccess = time.Now().UTC()
+	a.stats.LastSuccess, a.stats.LastError = time.Now().UTC(), ""
 	a.stats.LastMillis = time.Since(start).Milliseconds()
 	return ev, nil
 }
 
-func (a *Attester) evidence(ctx context.Context, rd ReportData, caller string) (*Evidence, *Quote, error) {
+func (a *Attester) evidence(ctx context.Context, rd ReportData, l *line, caller string) (*Evidence, *Quote, error) {
 	before, err := a.cfg.Ledger.Snapshot(ctx)
 	if err != nil && !a.serveAnyway(err) {
 		return nil, nil, err
 	}
-	raw, err := a.queue.quote(ctx, quoteKey{data: rd, rtmr3: before.Register}, caller)
+	raw, err := a.queue.quote(ctx, quoteKey{data: rd, rtmr3: before.Register}, l, caller)
 	if err != nil {
 		return nil, nil, fmt.Errorf("quote: %w", err)
 	}
@@ -110,29 +128,29 @@ func (a *Attester) evidence(ctx context.Context, rd ReportData, caller string) (
 	if err := a.CheckBoot(quote.Body.Registers); err != nil && !a.serveAnyway(err) {
 		return nil, nil, err
 	}
-	events, err := a.explain(ctx, before, quote.Body.RTMR[RTMR3])
+	records, err := a.explain(ctx, before, quote.Body.RTMR[RTMR3])
 	if err != nil {
 		return nil, nil, err
 	}
-	log := make([]Event, 0, len(a.cfg.Boot)+len(events))
-	log = append(append(log, a.cfg.Boot...), events...)
+	log := make([]Event, 0, len(a.cfg.Boot)+len(records))
+	log = appendEvents(append(log, a.cfg.Boot...), records)
 	return &Evidence{Quote: raw, Events: log, VMConfig: a.cfg.VMConfig}, quote, nil
 }
 
-// explain returns the events behind the quote's RTMR3.
-func (a *Attester) explain(ctx context.Context, before Snapshot, rtmr3 Digest) ([]Event, error) {
-	if events, ok := before.At(rtmr3); ok {
-		return events, nil
+// explain returns the records behind the quote's RTMR3.
+func (a *Attester) explain(ctx context.Context, before Snapshot, rtmr3 Digest) ([]Record, error) {
+	if records, ok := before.recordsAt(rtmr3); ok {
+		return records, nil
 	}
 	after, err := a.cfg.Ledger.Snapshot(ctx)
 	if err == nil {
-		if events, ok := after.At(rtmr3); ok {
-			return events, nil
+		if records, ok := after.recordsAt(rtmr3); ok {
+			return records, nil
 		}
 		err = &DivergenceError{Log: after.Log, Register: rtmr3}
 	}
 	if a.serveAnyway(err) {
-		return after.Events(), nil
+		return after.Records, nil
 	}
 	return nil, err
 }
@@ -155,7 +173,7 @@ func (a *Attester) Stats() QuoteStats {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := a.stats
-	s.Queued, s.Waiting = a.queue.depth()
+	s.Queued, s.Remote, s.Waiting = a.queue.depth()
 	return s
 }
 

@@ -302,8 +302,15 @@ func TestBadQuotesAreRefused(t *testing.T) {
 			if ev, err := g.Evidence(t.Context(), measure.ReportData{1}, "a"); err == nil {
 				t.Errorf("handed out a quote of %d bytes", len(ev.Quote))
 			}
-			if s := g.Stats(); s.Failed != 1 || s.LastError == "" {
+			if s := g.Stats(); s.Failed != 1 || s.LastError == "" || s.LastFailure.IsZero() {
 				t.Errorf("stats are %+v", s)
+			}
+			g.td.SetHost(tdxsim.HostBehaviour{})
+			if _, err := g.Evidence(t.Context(), measure.ReportData{1}, "a"); err != nil {
+				t.Error(err)
+			}
+			if s := g.Stats(); s.Failed != 1 || s.LastError != "" || s.LastFailure.IsZero() {
+				t.Errorf("after a quote that worked, stats are %+v; want no last error", s)
 			}
 		})
 	}

@@ -259,7 +259,7 @@ func (b *boot) instanceID() ([]byte, error) {
 func (b *boot) keyProvider() ([]byte, error) {
 	p := b.provider
 	if len(p.ID) == 0 && (p.Kind == KeyProviderKMS || p.Kind == KeyProviderLocal) {
-		return nil, fmt.Errorf("needs the id of the %s key provider: supply .appkeys.json with it", p.Kind)
+		return nil, fmt.Errorf("needs the id of the %s key provider: supply .appkeys.json with it, or key_provider_id in app-compose.json", p.Kind)
 	}
 	if want := b.Files.Compose.KeyProviderID; len(want) > 0 && !bytes.Equal(want, p.ID) {
 		return nil, fmt.Errorf("key provider is %x, but app-compose.json demands key_provider_id %x", p.ID, want)

@@ -65,7 +65,7 @@ type Ledger struct {
 	records []Record   // what the file holds up to size; the last may be an intent
 	size    int64      // bytes of the file that records came from
 	bytes   int        // JSON size of all events
-	damage  error      // the file is damaged in the middle, not merely torn at its end
+	damage  error      // the file is damaged in the middle, not merely torn at its end, or it is gone
 }
 
 // Entry is an event to be recorded.
@@ -82,53 +82,6 @@ type Entry struct {
 	Key    string
 	Caller string // who asked, for the log's reader; not measured
 }
-
-// ConflictError says that an entry contradicts what is already measured.
-type ConflictError struct {
-	Name   string
-	Reason string
-}
-
-func (e *ConflictError) Error() string {
-	return fmt.Sprintf("event %q is already measured in this boot: %s", e.Name, e.Reason)
-}
-
-// FullError says that an entry would take the log over one of its bounds.
-type FullError struct {
-	What      string
-	Got, Want int
-}
-
-func (e *FullError) Error() string {
-	return fmt.Sprintf("the RTMR3 log is full: %d %s, at most %d; the log travels with every quote, and only a reboot empties it", e.Got, e.What, e.Want)
-}
-
-// DivergenceError says that the log and the register no longer agree: RTMR3 was
-// extended by somebody who left no record, or the log is damaged. It cannot be
-// repaired, only explained; the cure is a reboot.
-type DivergenceError struct {
-	// Boot is "RTMR0", "RTMR1" or "RTMR2" when it is the boot event log that does not
-	// explain that register, and "" for RTMR3.
-	Boot     string
-	Log      Digest // what the log replays to
-	Register Digest // what the register is
-	Err      error  // damage of the log, or nil
-}
-
-func (e *DivergenceError) Error() string {
-	switch {
-	case e.Boot != "":
-		return fmt.Sprintf("%s is %s but the boot event log (CCEL) replays to %s: what was measured into it is not in the log", e.Boot, e.Register, e.Log)
-	case e.Err != nil:
-		return fmt.Sprintf("the RTMR3 log is damaged: %v (RTMR3 is %s)", e.Err, e.Register)
-	}
-	return fmt.Sprintf("RTMR3 is %s but its log replays to %s: RTMR3 was extended without a record (foreign extend); a reboot is the only cure", e.Register, e.Log)
-}
-
-func (e *DivergenceError) Unwrap() error { return e.Err }
-
-// ExitCode is the program's exit status for this error.
-func (e *DivergenceError) ExitCode() int { return 7 }
 
 // OpenLedger opens or creates the log in cfg.Dir and settles it with the register.
 // A divergence is not an error here, because an agent that does not start cannot
@@ -186,24 +139,31 @@ type Snapshot struct {
 	Unread bool
 }
 
-// Events returns the records as events, in order.
-func (s *Snapshot) Events() []Event { return recordEvents(s.Records) }
+// Events returns the records as events, in order. Their payloads are not to be
+// modified.
+func (s *Snapshot) Events() []Event {
+	return appendEvents(make([]Event, 0, len(s.Records)), s.Records)
+}
 
 // At returns the events that explain the RTMR3 value r: the longest prefix of the
 // log that replays to it. ok is false when no prefix does.
 func (s *Snapshot) At(r Digest) (events []Event, ok bool) {
+	records, ok := s.recordsAt(r)
+	return appendEvents(nil, records), ok
+}
+
+func (s *Snapshot) recordsAt(r Digest) (records []Record, ok bool) {
 	for n := len(s.Records); n > 0; n-- {
 		if s.Records[n-1].Next == r {
-			return recordEvents(s.Records[:n]), true
+			return s.Records[:n], true
 		}
 	}
 	return nil, r.IsZero()
 }
 
-func recordEvents(records []Record) []Event {
-	events := make([]Event, len(records))
+func appendEvents(events []Event, records []Record) []Event {
 	for i := range records {
-		events[i] = records[i].event()
+		events = append(events, records[i].event())
 	}
 	return events
 }

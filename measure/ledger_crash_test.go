@@ -120,7 +120,7 @@ func (w *world) agrees(t *testing.T, dir, what string) *Ledger {
 	if err != nil || good != len(w.disk) {
 		t.Fatalf("%s: log holds %d good bytes of %d: %v", what, good, len(w.disk), err)
 	}
-	if rtmr, err := Replay(recordEvents(records)); err != nil || rtmr[RTMR3] != w.rtmr3 {
+	if rtmr, err := Replay(appendEvents(nil, records)); err != nil || rtmr[RTMR3] != w.rtmr3 {
 		t.Fatalf("%s: log replays to %s, register is %s (%v)", what, rtmr[RTMR3], w.rtmr3, err)
 	}
 	return l

@@ -215,6 +215,41 @@ func TestDamagedLog(t *testing.T) {
 	}
 }
 
+func TestRemovedLog(t *testing.T) {
+	dir, bank := t.TempDir(), &memoryBank{}
+	path := filepath.Join(dir, "rtmr3.log")
+	l := openLedger(t, measure.LedgerConfig{Dir: dir, Registers: bank})
+	remove := func() {
+		t.Helper()
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	remove() // nothing was recorded, so nothing is lost
+	record(t, l, measure.Entry{Name: "a"})
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	remove()
+	for range 2 {
+		var d *measure.DivergenceError
+		if _, err := l.Snapshot(t.Context()); !errors.As(err, &d) || !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "want the log of 1 events that replays to "+bank.regs.RTMR[3].String()) {
+			t.Errorf("snapshot: got %v, want a DivergenceError that names the missing file and what was in it", err)
+		}
+		if _, err := l.Record(t.Context(), measure.Entry{Name: "b"}); !errors.As(err, &d) {
+			t.Errorf("record: got %v, want a DivergenceError", err)
+		}
+	}
+	if err := os.WriteFile(path, whole, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	record(t, l, measure.Entry{Name: "b"})
+	if s, err := l.Snapshot(t.Context()); err != nil || len(s.Records) != 2 {
+		t.Errorf("after the file was put back: %d records, %v; want 2", len(s.Records), err)
+	}
+}
+
 func TestLedgerIsBounded(t *testing.T) {
 	bank := &memoryBank{}
 	l := openLedger(t, measure.LedgerConfig{Dir: t.TempDir(), Registers: bank, MaxEvents: 3})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -32,46 +33,49 @@ type logStore interface {
 // logFile needs no fsync: it must outlive the process, not the machine, whose
 // registers are gone with it.
 type logFile struct {
-	dir string
-	f   *os.File
+	path string
+	f    *os.File
+	dev  uint64 // which file f is; the number stays taken as long as f is open
+	ino  uint64
 }
 
 func openLogFile(dir string) (*logFile, error) {
-	s := &logFile{dir: dir}
+	s := &logFile{path: filepath.Join(dir, logName)}
 	return s, s.open()
 }
 
 func (s *logFile) open() error {
-	f, err := os.OpenFile(filepath.Join(s.dir, logName), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	f, err := os.OpenFile(s.path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
 		return err
 	}
-	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
-		f.Close()
-		return errors.Join(err, fmt.Errorf("%s is not a regular file", f.Name()))
+	var st unix.Stat_t
+	err = unix.Fstat(int(f.Fd()), &st)
+	if err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
+		err = errors.New("not a regular file")
 	}
-	s.f = f
+	if err != nil {
+		f.Close()
+		return &fs.PathError{Op: "open", Path: s.path, Err: err}
+	}
+	s.f, s.dev, s.ino = f, st.Dev, st.Ino
 	return nil
 }
 
 // size also notices that another process has set the file aside.
 func (s *logFile) size() (int64, error) {
-	st, err := os.Stat(filepath.Join(s.dir, logName))
-	if err != nil {
-		return 0, err
+	var st unix.Stat_t
+	if err := unix.Stat(s.path, &st); err != nil {
+		return 0, &fs.PathError{Op: "stat", Path: s.path, Err: err}
 	}
-	mine, err := s.f.Stat()
-	if err != nil {
-		return 0, err
-	}
-	if !os.SameFile(st, mine) {
+	if st.Dev != s.dev || st.Ino != s.ino {
 		s.f.Close()
 		if err := s.open(); err != nil {
 			return 0, err
 		}
-		return -st.Size() - 1, nil // never equal to what the caller remembers
+		return -st.Size - 1, nil // never equal to what the caller remembers
 	}
-	return st.Size(), nil
+	return st.Size, nil
 }
 
 func (s *logFile) read() ([]byte, error) {
@@ -89,8 +93,7 @@ func (s *logFile) truncate(size int64) error { return s.f.Truncate(size) }
 func (s *logFile) close() error              { return s.f.Close() }
 
 func (s *logFile) setAside() error {
-	path := filepath.Join(s.dir, logName)
-	if err := os.Rename(path, path+".old"); err != nil {
+	if err := os.Rename(s.path, s.path+".old"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	s.f.Close()
@@ -109,13 +112,12 @@ func newFileLock(dir, dstack string) *fileLock {
 
 // acquire takes both locks, or fails when ctx ends or lockWait has passed.
 func (l *fileLock) acquire(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, lockWait)
-	defer cancel()
+	deadline := time.Now().Add(lockWait)
 	for i, path := range l.paths {
 		if path == "" {
 			continue
 		}
-		if err := l.take(ctx, i, path); err != nil {
+		if err := l.take(ctx, deadline, i, path); err != nil {
 			l.release()
 			return fmt.Errorf("lock the RTMR3 log (%s): %w", path, err)
 		}
@@ -123,7 +125,7 @@ func (l *fileLock) acquire(ctx context.Context) error {
 	return nil
 }
 
-func (l *fileLock) take(ctx context.Context, i int, path string) error {
+func (l *fileLock) take(ctx context.Context, deadline time.Time, i int, path string) error {
 	if l.files[i] == nil {
 		flags := os.O_RDWR | unix.O_NOFOLLOW | unix.O_NONBLOCK
 		if i == 0 {
@@ -142,6 +144,9 @@ func (l *fileLock) take(ctx context.Context, i int, path string) error {
 		err := unix.Flock(int(l.files[i].Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil || (err != unix.EWOULDBLOCK && err != unix.EINTR) {
 			return err
+		}
+		if !time.Now().Before(deadline) {
+			return fmt.Errorf("another process holds it: %w", context.DeadlineExceeded)
 		}
 		select {
 		case <-ctx.Done():
@@ -171,6 +176,10 @@ func (l *fileLock) close() {
 // if told to.
 func (l *Ledger) refresh(force bool) error {
 	size, err := l.store.size()
+	if errors.Is(err, fs.ErrNotExist) {
+		l.removed(err)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -193,6 +202,16 @@ func (l *Ledger) refresh(force bool) error {
 	return nil
 }
 
+// removed notes that the file is gone. It is not made anew from what is remembered:
+// the log is what other processes can read as well.
+func (l *Ledger) removed(err error) {
+	if errors.Is(l.damage, fs.ErrNotExist) {
+		return
+	}
+	l.damage = fmt.Errorf("somebody has removed it: %w, want the log of %d events that replays to %s; put the file back from a copy, or reboot", err, len(l.records), l.tail())
+	l.records, l.size, l.bytes = nil, 0, 0
+}
+
 // append writes r in one write. On any failure the file is what it was, or has a
 // torn end that the next refresh drops.
 func (l *Ledger) append(r Record) error {
@@ -209,7 +228,7 @@ func (l *Ledger) append(r Record) error {
 	}
 	l.size += int64(len(b))
 	l.bytes += eventSize(r.event())
-	r.end = l.size
+	r.end, r.payload = l.size, r.event().Payload
 	l.records = append(l.records, r)
 	return nil
 }

@@ -23,7 +23,8 @@ type Record struct {
 	Caller  string    `json:"caller,omitempty"`
 	Key     string    `json:"key,omitempty"` // idempotency key
 
-	end int64 // where its line ends in the file
+	end     int64  // where its line ends in the file
+	payload []byte // Payload decoded, in a record of a Ledger
 }
 
 func newRecord(seq int, e Event, prev Digest) Record {
@@ -38,7 +39,10 @@ func (r *Record) version() int { return max(r.Version, EventV1) }
 
 // event returns what was extended. The payload was checked when the record was read.
 func (r *Record) event() Event {
-	payload, _ := hex.DecodeString(r.Payload)
+	payload := r.payload
+	if payload == nil {
+		payload, _ = hex.DecodeString(r.Payload)
+	}
 	return Event{IMR: RTMR3, Type: RuntimeEventType, Digest: r.Digest, Name: r.Name, Payload: payload, Version: r.version()}
 }
 
@@ -77,14 +81,14 @@ func parseLine(b []byte, seq int, prev Digest) (Record, error) {
 	}
 	dec := json.NewDecoder(bytes.NewReader(doc))
 	dec.DisallowUnknownFields()
-	if err := dec.Decode(&r); err != nil {
+	err := dec.Decode(&r)
+	if err != nil {
 		return r, fmt.Errorf("record %d: %v", seq, err)
 	}
-	payload, err := hex.DecodeString(r.Payload)
-	if err != nil {
+	if r.payload, err = hex.DecodeString(r.Payload); err != nil {
 		return r, fmt.Errorf("record %d: payload: %v", seq, err)
 	}
-	e, err := NewRuntimeEvent(r.Name, payload, r.version())
+	e, err := NewRuntimeEvent(r.Name, r.payload, r.version())
 	if err != nil {
 		return r, fmt.Errorf("record %d: %v", seq, err)
 	}

@@ -9,13 +9,39 @@ import (
 // Channel is what an attested channel knows of the peer beside its evidence. The
 // channel has checked its signature: AgentKey is the key that signed this channel.
 type Channel struct {
-	AgentKey [32]byte // SHA-256 of the DER SubjectPublicKeyInfo
+	AgentKey [32]byte // SHA-256 of the DER SubjectPublicKeyInfo. Zero for a certificate
 	// Service is the local service that the peer asks for. An entry must list it. Empty
 	// for peers that we have dialled.
 	Service string
 	// KeyMode says that the peer signed with its agent key instead of making a quote:
 	// the evidence is of an earlier channel, and fresh by the signature alone.
 	KeyMode bool
+	// Certificate says that the evidence is in the peer's TLS certificate (dstack
+	// RA-TLS): bound to the key of the connection, not to the connection, and as old as
+	// its holder likes.
+	Certificate bool
+}
+
+// The values of an entry's require, each of which includes those above it, and what a
+// peer can reach: its assurance.
+const (
+	requireQuote       = "quote"
+	requireKey         = "key"
+	requireCertificate = "certificate"
+)
+
+var assurances = []string{requireQuote, requireKey, requireCertificate}
+
+// Assurance is how the peer's evidence belongs to this connection: "quote", "key" or
+// "certificate".
+func (c *Channel) Assurance() string {
+	switch {
+	case c.Certificate:
+		return requireCertificate
+	case c.KeyMode:
+		return requireKey
+	}
+	return requireQuote
 }
 
 // judgeChannel checks what a policy demands of a peer on a channel.
@@ -28,9 +54,13 @@ func (e *Entry) judgeChannel(s *sheet, c *Claims, x *Expect) {
 		return
 	}
 	proof := c.proven(e.Era)
+	var noKey [32]byte
 	e.optional(s, Application, "agent_key", "require_measured_agent_key", e.RequireMeasuredAgentKey, func() bool {
-		return proof == nil && subtle.ConstantTimeCompare(c.Identity.AgentKey, ch.AgentKey[:]) == 1
+		return proof == nil && ch.AgentKey != noKey && subtle.ConstantTimeCompare(c.Identity.AgentKey, ch.AgentKey[:]) == 1
 	}, func() (string, string, string) {
+		if ch.Certificate {
+			return "a certificate, which no agent key has signed", "the signature of a measured agent key", "for dstack's RA-TLS an entry says require_measured_agent_key = false"
+		}
 		got := "no agent-key event"
 		if proof != nil {
 			got = proofText(proof, "")
@@ -42,10 +72,12 @@ func (e *Entry) judgeChannel(s *sheet, c *Claims, x *Expect) {
 	e.optional(s, Application, "service", "service", ch.Service != "", func() bool { return slices.Contains(e.Service, ch.Service) }, func() (string, string, string) {
 		return ch.Service, tomlList(e.Service), "the entry does not let its peers reach this service"
 	})
-	s.check(Application, "assurance", !ch.KeyMode || e.Require == "key", func() (string, string, string) {
-		if ch.KeyMode {
-			return "key", e.Require, "ask the peer for a quote"
+	got := ch.Assurance()
+	s.check(Application, "assurance", slices.Index(assurances, got) <= slices.Index(assurances, e.Require), func() (string, string, string) {
+		hint := "ask the peer for a quote"
+		if ch.Certificate {
+			hint = `dial it by tdx-atls/1; require = "certificate" accepts evidence that can be relayed and may be old`
 		}
-		return "quote", e.Require, ""
+		return got, e.Require, hint
 	})
 }

@@ -55,6 +55,16 @@ func (p *Policy) Has(name string) bool {
 	return slices.ContainsFunc(p.Entries, func(e Entry) bool { return e.Name == name })
 }
 
+// Lets reports whether there is an entry of this name whose peers may reach a service.
+func (p *Policy) Lets(name, service string) bool {
+	return slices.ContainsFunc(p.Entries, func(e Entry) bool { return e.Name == name && slices.Contains(e.Service, service) })
+}
+
+// AllowsKeys reports whether an entry accepts a measured key in place of a quote.
+func (p *Policy) AllowsKeys() bool {
+	return slices.ContainsFunc(p.Entries, func(e Entry) bool { return slices.Index(assurances, e.Require) >= slices.Index(assurances, requireKey) })
+}
+
 // AllowsUnattested reports whether an entry says that clients of this service may prove
 // nothing.
 func (p *Policy) AllowsUnattested(service string) bool {
@@ -169,7 +179,7 @@ type Terms struct {
 	Era string `toml:"era"`
 
 	// What follows is enforced by the attested channel.
-	Require                 string `toml:"require"` // "quote" or "key"
+	Require                 string `toml:"require"` // "quote", or more weakly "key" or "certificate"
 	RequireMeasuredAgentKey bool   `toml:"require_measured_agent_key"`
 	AllowUnattestedClients  bool   `toml:"allow_unattested_clients"`
 }
@@ -179,7 +189,7 @@ func defaultTerms() Terms {
 	return Terms{
 		TCBStatus: []dcap.Status{dcap.UpToDate}, MaxCollateralAge: 168 * time.Hour, RequireSEPTVEDisable: true,
 		RequireEvents: []string{measure.EventAppID, measure.EventComposeHash},
-		Require:       "quote", RequireMeasuredAgentKey: true,
+		Require:       requireQuote, RequireMeasuredAgentKey: true,
 	}
 }
 

@@ -296,7 +296,7 @@ func (t *Terms) check(where string, fault faultFunc) {
 	if t.Era != "" && t.Era != "0.3" {
 		fault(`%s: era is %q, want "" or "0.3"`, where, t.Era)
 	}
-	if t.Require != "quote" && t.Require != "key" {
-		fault(`%s: require is %q, want "quote" or "key"`, where, t.Require)
+	if !slices.Contains(assurances, t.Require) {
+		fault(`%s: require is %q, want "quote", "key" or "certificate"`, where, t.Require)
 	}
 }

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"tdx-agent/measure"
+	"tdx-agent/remote/cache"
 	"tdx-agent/remote/collateral"
 	"tdx-agent/remote/dcap"
 )
@@ -37,14 +39,17 @@ type Config struct {
 type Verifier struct {
 	cfg    Config
 	logs   *logs
+	leaves *cache.Cache[leafKey, *leafVerdict]
 	active atomic.Pointer[active]
+	set    sync.Mutex // held by SetPolicy
 }
 
 // active is a policy with the engine that trusts its roots.
 type active struct {
-	policy *Policy
-	dcap   *dcap.Verifier
-	store  *collateral.Store
+	policy     *Policy
+	dcap       *dcap.Verifier
+	store      *collateral.Store
+	generation uint64
 }
 
 // NewVerifier returns a Verifier.
@@ -52,7 +57,7 @@ func NewVerifier(cfg Config) (*Verifier, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	v := &Verifier{cfg: cfg, logs: newLogs()}
+	v := &Verifier{cfg: cfg, logs: newLogs(), leaves: cache.New[leafKey, *leafVerdict](maxLeaves)}
 	return v, v.SetPolicy(cfg.Policy, cfg.Collateral)
 }
 
@@ -75,13 +80,26 @@ func (v *Verifier) SetPolicy(p *Policy, store *collateral.Store) error {
 	if err != nil {
 		return fmt.Errorf("remote: policy %s: %w", p.ID, err)
 	}
-	v.active.Store(&active{policy: p, store: store,
+	v.set.Lock()
+	defer v.set.Unlock()
+	generation := uint64(1)
+	if old := v.active.Load(); old != nil {
+		generation = old.generation + 1
+	}
+	v.active.Store(&active{policy: p, store: store, generation: generation,
 		dcap: dcap.NewVerifier(dcap.Config{Roots: roots, SecondOpinion: !v.cfg.NoSecondOpinion, StaleGrace: store.StaleGrace()})})
 	return nil
 }
 
+// Collateral returns the store in use.
+func (v *Verifier) Collateral() *collateral.Store { return v.active.Load().store }
+
 // Policy returns the policy in force.
 func (v *Verifier) Policy() *Policy { return v.active.Load().policy }
+
+// Generation counts the policies that have been in force, from 1: what was concluded
+// under another one may no longer hold.
+func (v *Verifier) Generation() uint64 { return v.active.Load().generation }
 
 // Expect is what evidence must fit besides the policy. The zero value expects report
 // data of zeros.

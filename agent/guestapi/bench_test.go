@@ -13,10 +13,12 @@ import (
 	"github.com/decred/dcrd/dcrec/secp256k1/v4"
 	"github.com/decred/dcrd/dcrec/secp256k1/v4/ecdsa"
 
+	"tdx-agent/agent/audit"
 	"tdx-agent/agent/keys"
 )
 
-// BenchmarkGetKey measures the handler, without sockets, beside the two scalar
+// BenchmarkGetKey measures the handler, with limits and audit record and without
+// sockets, beside the two scalar
 // operations that it cannot do without: the derived key's public half, and the
 // application key's signature.
 func BenchmarkGetKey(b *testing.B) {
@@ -28,7 +30,16 @@ func BenchmarkGetKey(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	s := NewServer(Config{Surface: Dstack, Grants: Grants{Keys: true}, Keys: func(context.Context) (*keys.App, error) { return app, nil }})
+	record, err := audit.Open(b.TempDir(), audit.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer record.Close()
+	s := NewServer(Config{Surface: Dstack, Grants: Grants{Keys: AllNames, ReservedKeys: true}, Keys: func(context.Context) (*keys.App, error) { return app, nil },
+		Limits: NewLimiter(equalRates(Rate{PerSecond: 1e6, Burst: 1e6})),
+		Audit: func(r Record) error {
+			return record.Call(audit.Entry{Method: r.Method, Class: r.Class.String(), Name: r.Name, Micros: r.Took.Microseconds()}, r.Arguments)
+		}})
 	const body = `{"path":"some/path","purpose":"signing","algorithm":"secp256k1"}`
 	digest := make([]byte, 32)
 	paired(b, func() {

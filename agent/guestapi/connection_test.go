@@ -3,10 +3,12 @@ package guestapi_test
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"strings"
 	"sync"
@@ -75,7 +77,9 @@ func TestCallerIsTheConnectingProcess(t *testing.T) {
 	path := serve(t, config(guestapi.Dstack, g))
 	decodeQuote(t, exchange(t, path, get("/GetQuote")))
 	want := guestapi.Caller{PID: int32(os.Getpid()), UID: uint32(os.Getuid()), GID: uint32(os.Getgid()), Known: true}
-	if got := g.lastCaller(); got != want {
+	got := g.lastCaller()
+	want.CgroupID, want.Cgroup, want.Container = got.CgroupID, got.Cgroup, got.Container // the next test's
+	if got != want {
 		t.Errorf("caller is %+v, want %+v", got, want)
 	}
 }
@@ -264,6 +268,41 @@ func TestConnectionCaps(t *testing.T) {
 	}
 }
 
+// TestTurnedAwayClientSeesWhy: a client that is still sending its request must not end
+// with a broken pipe. However many are turned away at once, all are.
+func TestTurnedAwayClientSeesWhy(t *testing.T) {
+	cfg := config(guestapi.Dstack, newTestGuest())
+	cfg.MaxConns = 1
+	path := serve(t, cfg)
+	held := dial(t, path)
+	io.WriteString(held, "GET /Version HTTP/1.1\r\nHost: x\r\n\r\n")
+	readOne(t, bufio.NewReader(held))
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}}}
+	for _, size := range []int{0, 100, 60 << 10} {
+		for range 20 {
+			resp, err := client.Post("http://localhost/GetQuote", "application/json", strings.NewReader(strings.Repeat(" ", size)))
+			if err != nil {
+				t.Fatalf("a request of %d bytes: %v", size, err)
+			}
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusTooManyRequests || resp.Header.Get(guestapi.ExitHeader) != "9" {
+				t.Errorf("a request of %d bytes: %s", size, resp.Status)
+			}
+		}
+	}
+	var silent []net.Conn
+	for range 100 {
+		silent = append(silent, dial(t, path))
+	}
+	for _, conn := range silent {
+		if raw, err := io.ReadAll(conn); err != nil || parse(t, string(raw)).status != 429 {
+			t.Errorf("one of a hundred: %v %.80q", err, raw)
+		}
+	}
+}
+
 // awaitSlot connects until it is served: the server frees a slot some time after
 // the client has seen the end of its connection.
 func awaitSlot(t *testing.T, path string) {
@@ -289,10 +328,16 @@ func TestConcurrentCallers(t *testing.T) {
 			for round := range rounds {
 				name := fmt.Sprintf("caller-%d-%d", caller, round)
 				wantOK(t, exchange(t, path, postJSON("/EmitEvent", `{"event":"`+name+`","payload":""}`)), "null")
-				for _, target := range []string{"/GetQuote", "/Info", "/Version"} {
-					if r := exchange(t, path, get(target)); r.status != 200 {
+				for _, target := range []string{"/Info", "/Version"} {
+					if r := exchange(t, path, get(target)); r.status != 200 || !json.Valid([]byte(r.body)) {
 						t.Errorf("%s: %s", target, r.body)
 					}
+				}
+				// answers are written into buffers that others have used
+				data := fmt.Sprintf("ca%02x%04x", caller, round)
+				r := exchange(t, path, get("/GetQuote?report_data="+data))
+				if want := data + strings.Repeat("0", 120); !strings.Contains(r.body, `"report_data":"`+want+`"`) || strings.Count(r.body, want) != 2 || !json.Valid([]byte(r.body)) {
+					t.Errorf("the answer to report data %s is %.200s", data, r.body)
 				}
 			}
 		})

@@ -1,6 +1,6 @@
 // Package guestapi serves the guest API of dstack on Unix sockets: DstackGuest on
 // dstack.sock and the older Tappd on tappd.sock, byte for byte as dstack 0.5.11
-// answers, plus GpuInfo.
+// answers, plus GpuInfo. Worker is what strangers may ask.
 //
 // Applications reach it with dstack's own SDKs, some of which read HTTP by hand, so
 // three habits of the wire are part of the contract: every answer carries
@@ -13,6 +13,11 @@
 // report data are refused, an error carries the header Tdx-Agent-Exit with the exit
 // status that the program's own client uses, and what a socket may do is a set of
 // [Grants] whose zero value denies everything.
+//
+// A call goes through these in order: who calls, which the kernel tells when the
+// connection is made ([Caller]); how often ([Limiter]); whether this user may
+// ([Config].OnlyUIDs); whether this socket may ([Grants], first the class, then the name);
+// the call itself; and its [Record], without which nothing of a key is answered.
 //
 // The agent itself is behind the [Guest] interface, its keys behind [Config]. An
 // answer that holds key material is overwritten once it is written.

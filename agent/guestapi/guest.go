@@ -2,7 +2,6 @@ package guestapi
 
 import (
 	"context"
-	"fmt"
 
 	"tdx-agent/measure"
 )
@@ -59,45 +58,16 @@ func (i *Info) fields() message {
 	}
 }
 
-// Caller is the process at the other end of a connection, as the kernel reported it
-// once, when the connection was accepted (SO_PEERCRED). The connection may since
-// have been handed to another process, and the PID may have been reused.
-type Caller struct {
-	PID      int32
-	UID, GID uint32
-	Known    bool // false when the transport reports no credentials
-}
-
-// String returns the caller for people and logs.
-func (c Caller) String() string {
-	if !c.Known {
-		return "unknown"
-	}
-	return fmt.Sprintf("pid %d, uid %d, gid %d", c.PID, c.UID, c.GID)
-}
-
-// Grants is what the callers of one socket may do. The zero value denies
-// everything.
-type Grants struct {
-	Read  bool // Info, Version, GpuInfo
-	Quote bool // TdxQuote with a hash, under a prefix that is not reserved
-	// RawReportData, on top of Quote, allows report data of the caller's own
-	// making: GetQuote, Attest, RawQuote and TdxQuote raw. Whoever has it can make
-	// quotes for any purpose that report data marks, a KMS's key release included.
-	RawReportData bool
-	Measure       bool // EmitEvent
-	// Keys allows GetKey, GetTlsKey, Sign, Verify, DeriveKey and DeriveK256Key, with
-	// any path: whoever has it has all of the application's keys.
-	Keys bool
-}
-
-// Surface is which of dstack's two services a socket speaks.
+// Surface is which of dstack's services a socket speaks.
 type Surface int
 
 // The surfaces. The zero Surface has no methods.
 const (
 	Dstack Surface = iota + 1 // service DstackGuest, at /<Method>
 	Tappd                     // service Tappd, at /prpc/[Tappd.]<Method>
+	// Worker is the external service of the same name, at /prpc/[Worker.]<Method>, for
+	// callers who may be anybody.
+	Worker
 )
 
 // String returns the name of the service in dstack's protocol.
@@ -107,6 +77,8 @@ func (s Surface) String() string {
 		return "DstackGuest"
 	case Tappd:
 		return "Tappd"
+	case Worker:
+		return "Worker"
 	}
 	return "no service"
 }

@@ -144,7 +144,7 @@ func (g *testGuest) eventNames() []string {
 	return names
 }
 
-var everything = guestapi.Grants{Read: true, Quote: true, RawReportData: true, Measure: true, Keys: true}
+var everything = guestapi.Grants{Read: true, Quote: true, RawReportData: true, Cert: true, Sign: true, Keys: guestapi.AllNames, ReservedKeys: true, Measure: guestapi.AllNames}
 
 // config serves everything, with waits that are short enough for a test.
 func config(surface guestapi.Surface, g guestapi.Guest) guestapi.Config {

@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -35,9 +36,17 @@ type response struct {
 	exit   int    // 0: no header
 	retry  string // seconds, or ""
 	allow  string
-	text   string // of an error, for the log
-	secret bool   // the body holds key material
+	text   string  // of an error, for the log
+	secret bool    // the body holds key material
+	buffer *[]byte // what body was written into, of bodies; nil: it is nobody else's
 }
+
+// bodies are buffers for answers without key material. An answer is tens of kilobytes,
+// so that making each anew is most of the work of the garbage collector.
+var bodies = sync.Pool{New: func() any { return new([]byte) }}
+
+// maxKeptBody bounds the buffers that are kept.
+const maxKeptBody = 128 << 10
 
 func (r *response) write(w http.ResponseWriter) {
 	h := w.Header()
@@ -56,6 +65,10 @@ func (r *response) write(w http.ResponseWriter) {
 	w.Write(r.body) // an error here is the client's
 	if r.secret {
 		clear(r.body)
+	}
+	if r.buffer != nil && cap(r.body) <= maxKeptBody {
+		*r.buffer = r.body[:0]
+		bodies.Put(r.buffer)
 	}
 }
 
@@ -76,13 +89,33 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		answer = o.answer(encodingJSON)
 		answer.allow = "GET, POST"
 	default:
-		answer = s.call(w, r, name, peer)
+		c := call{method: name, arguments: arguments{encoding: encodingOf(r)}, caller: peer.caller}
+		answer = s.call(w, r, &c, peer)
+		answer = s.record(&c, answer, time.Since(start))
+	}
+	if s.cfg.Surface == Worker {
+		w.Header().Set("X-App-Version", "v"+s.cfg.Version+" ("+s.cfg.Revision+")")
 	}
 	answer.write(w)
-	s.cfg.Logger.LogAttrs(r.Context(), levelOf(answer.status), "call",
+	s.observe(name, answer.status)
+	level := levelOf(answer.status)
+	if !s.cfg.Logger.Enabled(r.Context(), level) {
+		return
+	}
+	s.cfg.Logger.LogAttrs(r.Context(), level, "call",
 		slog.String("service", s.cfg.Surface.String()), slog.String("method", clip(name)),
 		slog.Int("status", answer.status), slog.Duration("took", time.Since(start)),
 		slog.String("caller", peer.caller.String()), slog.String("error", answer.text))
+}
+
+func (s *Server) observe(name string, status int) {
+	if s.cfg.Observe == nil {
+		return
+	}
+	if _, known := s.methods[name]; !known {
+		name = ""
+	}
+	s.cfg.Observe(name, status)
 }
 
 func levelOf(status int) slog.Level {
@@ -103,7 +136,7 @@ func (s *Server) route(u *url.URL) (name string, ok bool) {
 	switch s.cfg.Surface {
 	case Dstack:
 		name, ok = strings.CutPrefix(path, "/")
-	case Tappd:
+	case Tappd, Worker:
 		name, ok = strings.CutPrefix(path, "/prpc/")
 	}
 	if !ok || name == "" || strings.Contains(name, "/") {
@@ -113,16 +146,21 @@ func (s *Server) route(u *url.URL) (name string, ok bool) {
 	if err != nil {
 		return "", false
 	}
-	for s.cfg.Surface == Tappd && strings.HasPrefix(name, "Tappd.") {
-		name = strings.TrimPrefix(name, "Tappd.")
+	if s.cfg.Surface != Dstack {
+		for service := s.cfg.Surface.String() + "."; strings.HasPrefix(name, service); {
+			name = strings.TrimPrefix(name, service)
+		}
 	}
 	return name, true
 }
 
 func (s *Server) notFound() response {
 	form := "/<Method>, as in /GetQuote"
-	if s.cfg.Surface == Tappd {
+	switch s.cfg.Surface {
+	case Tappd:
 		form = "/prpc/<Method>, as in /prpc/TdxQuote"
+	case Worker:
+		form = "/prpc/<Method>, as in /prpc/Info"
 	}
 	o := outcome{status: http.StatusNotFound, exit: exitUsage, text: "no such path: want " + form}
 	return o.answer(encodingJSON)
@@ -130,17 +168,16 @@ func (s *Server) notFound() response {
 
 // call runs a method and encodes what it answers. A panic in it is this request's
 // error and nobody else's.
-func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer *peerConn) (answer response) {
-	enc := encodingOf(r)
+func (s *Server) call(w http.ResponseWriter, r *http.Request, c *call, peer *peerConn) (answer response) {
+	enc := c.arguments.encoding
 	defer func() {
 		if p := recover(); p != nil {
-			s.cfg.Logger.Error("panic in a method", "method", name, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			s.cfg.Logger.Error("panic in a method", "method", c.method, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 			o := outcome{status: http.StatusInternalServerError, exit: exitFailure, text: "internal error: see the agent's log"}
 			answer = o.answer(enc)
 		}
 	}()
-	c := call{method: name, arguments: arguments{encoding: enc}, caller: peer.caller}
-	reply, err := s.run(w, r, &c, peer)
+	reply, err := s.run(w, r, c, peer)
 	if err != nil {
 		o := outcomeOf(err)
 		if enc == encodingProtobuf && c.arguments.looksLikeJSON() {
@@ -148,11 +185,16 @@ func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer 
 		}
 		return o.answer(enc)
 	}
-	answer = response{status: http.StatusOK, secret: s.methods[name].secret}
+	answer = response{status: http.StatusOK, secret: s.methods[c.method].secret}
+	var b []byte
+	if !answer.secret {
+		answer.buffer = bodies.Get().(*[]byte)
+		b = *answer.buffer
+	}
 	if enc == encodingProtobuf {
-		answer.media, answer.body = mediaProtobuf, reply.appendProto(nil)
+		answer.media, answer.body = mediaProtobuf, reply.appendProto(b)
 	} else {
-		answer.media, answer.body = mediaJSON, reply.appendJSON(nil)
+		answer.media, answer.body = mediaJSON, reply.appendJSON(b)
 	}
 	if answer.secret {
 		reply.clear()
@@ -162,8 +204,14 @@ func (s *Server) call(w http.ResponseWriter, r *http.Request, name string, peer 
 
 func (s *Server) run(w http.ResponseWriter, r *http.Request, c *call, peer *peerConn) (message, error) {
 	m, ok := s.methods[c.method]
+	if err := s.limit(c, m.class); err != nil {
+		return nil, err
+	}
+	if err := s.admits(c); err != nil {
+		return nil, err
+	}
 	limit := maxBody
-	if m.large && s.cfg.Grants.Keys {
+	if m.large && s.cfg.Grants.Sign {
 		limit = maxLargeBody
 	}
 	payload, err := s.payload(w, r, limit)

@@ -8,13 +8,6 @@ import (
 	"tdx-agent/measure"
 )
 
-func (s *Server) mayUseKeys(c *call) error {
-	if !s.cfg.Grants.Keys {
-		return denied("%s is not allowed here: set full_access = true under [compat] in agent.toml to allow keys to every application", c.method)
-	}
-	return nil
-}
-
 // app returns the keys, after grants and arguments have been checked.
 func (s *Server) app(ctx context.Context) (*keys.App, error) {
 	if s.cfg.Keys == nil {
@@ -55,11 +48,17 @@ func keyMessage(key *keys.Derived, keyName, chainName string) message {
 // derivedKey serves GetKey and DeriveK256Key, which differ in the names of their
 // answer's members.
 func (s *Server) derivedKey(ctx context.Context, c *call) (*keys.Derived, error) {
-	if err := s.mayUseKeys(c); err != nil {
+	if err := s.mayDerive(c); err != nil {
 		return nil, err
 	}
 	var path, purpose, algorithm string
 	if err := c.arguments.decode(message{{"path", 1, &path}, {"purpose", 2, &purpose}, {"algorithm", 3, &algorithm}}); err != nil {
+		return nil, err
+	}
+	if err := s.mayDerivePath(c, path); err != nil {
+		return nil, err
+	}
+	if err := s.mayChain(c, purpose); err != nil {
 		return nil, err
 	}
 	app, err := s.app(ctx)
@@ -70,7 +69,7 @@ func (s *Server) derivedKey(ctx context.Context, c *call) (*keys.Derived, error)
 }
 
 func (s *Server) getTLSKey(ctx context.Context, c *call) (message, error) {
-	if err := s.mayUseKeys(c); err != nil {
+	if err := s.mayCertify(c); err != nil {
 		return nil, err
 	}
 	var r keys.CertificateRequest
@@ -89,7 +88,7 @@ func (s *Server) getTLSKey(ctx context.Context, c *call) (message, error) {
 }
 
 func (s *Server) deriveKey(ctx context.Context, c *call) (message, error) {
-	if err := s.mayUseKeys(c); err != nil {
+	if err := s.mayCertify(c); err != nil {
 		return nil, err
 	}
 	var path string
@@ -101,6 +100,11 @@ func (s *Server) deriveKey(ctx context.Context, c *call) (message, error) {
 	})
 	if err != nil {
 		return nil, err
+	}
+	if !random {
+		if err := s.mayDerivePath(c, path); err != nil {
+			return nil, err
+		}
 	}
 	app, err := s.app(ctx)
 	if err != nil {
@@ -121,7 +125,7 @@ func tlsMessage(key *keys.TLSKey, err error) (message, error) {
 }
 
 func (s *Server) sign(ctx context.Context, c *call) (message, error) {
-	if err := s.mayUseKeys(c); err != nil {
+	if err := s.maySign(c); err != nil {
 		return nil, err
 	}
 	var algorithm string
@@ -142,7 +146,7 @@ func (s *Server) sign(ctx context.Context, c *call) (message, error) {
 }
 
 func (s *Server) verify(_ context.Context, c *call) (message, error) {
-	if err := s.mayUseKeys(c); err != nil {
+	if err := s.maySign(c); err != nil {
 		return nil, err
 	}
 	var algorithm string

@@ -13,22 +13,25 @@ import (
 type lastLog struct {
 	mu     sync.Mutex // guards what follows
 	events []measure.Event
-	json   string
+	last   logText
 }
 
+// logText is the text of an event log, and that text once more as a JSON string.
+type logText struct{ plain, quoted string }
+
 // text is dstack's JSON of these events, with boot payloads stripped.
-func (l *lastLog) text(events []measure.Event) (string, error) {
+func (l *lastLog) text(events []measure.Event) (logText, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.json != "" && slices.EqualFunc(l.events, events, sameEvent) {
-		return l.json, nil
+	if l.last.plain != "" && slices.EqualFunc(l.events, events, sameEvent) {
+		return l.last, nil
 	}
 	b, err := measure.FormatEventLog(events, true)
 	if err != nil {
-		return "", err
+		return logText{}, err
 	}
-	l.events, l.json = events, string(b)
-	return l.json, nil
+	l.events, l.last = events, logText{plain: string(b), quoted: string(appendQuoted(nil, string(b)))}
+	return l.last, nil
 }
 
 func sameEvent(a, b measure.Event) bool {

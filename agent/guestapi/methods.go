@@ -12,13 +12,15 @@ type call struct {
 	method    string
 	arguments arguments
 	caller    Caller
+	name      string // the path of a key or the name of an event, once it is known
 }
 
 // method is one method of a surface.
 type method struct {
+	class Class
 	// run answers a call. It checks grants before it looks at the arguments.
 	run func(s *Server, ctx context.Context, c *call) (message, error)
-	// large allows a body of 1 MiB to who has the grant for keys.
+	// large allows a body of 1 MiB to who has the grant to sign.
 	large bool
 	// secret says that the answer holds key material.
 	secret bool
@@ -29,25 +31,31 @@ func methodsOf(surface Surface) map[string]method {
 	switch surface {
 	case Dstack:
 		return map[string]method{
-			"GetQuote":  {run: (*Server).getQuote},
-			"Attest":    {run: (*Server).attest},
-			"Info":      {run: (*Server).info},
-			"EmitEvent": {run: (*Server).emitEvent},
-			"Version":   {run: (*Server).version},
-			"GpuInfo":   {run: (*Server).gpuInfo},
-			"GetTlsKey": {run: (*Server).getTLSKey, secret: true},
-			"GetKey":    {run: (*Server).getKey, secret: true},
-			"Sign":      {run: (*Server).sign, large: true},
-			"Verify":    {run: (*Server).verify, large: true},
+			"GetQuote":  {class: ClassQuote, run: (*Server).getQuote},
+			"Attest":    {class: ClassQuote, run: (*Server).attest},
+			"Info":      {class: ClassRead, run: (*Server).info},
+			"EmitEvent": {class: ClassMeasure, run: (*Server).emitEvent},
+			"Version":   {class: ClassRead, run: (*Server).version},
+			"GpuInfo":   {class: ClassRead, run: (*Server).gpuInfo},
+			"GetTlsKey": {class: ClassCert, run: (*Server).getTLSKey, secret: true},
+			"GetKey":    {class: ClassKey, run: (*Server).getKey, secret: true},
+			"Sign":      {class: ClassSign, run: (*Server).sign, large: true},
+			"Verify":    {class: ClassSign, run: (*Server).verify, large: true},
 		}
 	case Tappd:
 		return map[string]method{
-			"TdxQuote":      {run: (*Server).tdxQuote},
-			"RawQuote":      {run: (*Server).rawQuote},
-			"Info":          {run: (*Server).info},
-			"Version":       {run: (*Server).version},
-			"DeriveKey":     {run: (*Server).deriveKey, secret: true},
-			"DeriveK256Key": {run: (*Server).deriveK256Key, secret: true},
+			"TdxQuote":      {class: ClassQuote, run: (*Server).tdxQuote},
+			"RawQuote":      {class: ClassQuote, run: (*Server).rawQuote},
+			"Info":          {class: ClassRead, run: (*Server).info},
+			"Version":       {class: ClassRead, run: (*Server).version},
+			"DeriveKey":     {class: ClassKey, run: (*Server).deriveKey, secret: true},
+			"DeriveK256Key": {class: ClassKey, run: (*Server).deriveK256Key, secret: true},
+		}
+	case Worker:
+		return map[string]method{
+			"Info":                    {class: ClassRead, run: (*Server).info},
+			"Version":                 {class: ClassRead, run: (*Server).version},
+			"GetAttestationForAppKey": {class: ClassQuote, run: (*Server).appKeyAttestation},
 		}
 	}
 	return nil
@@ -58,6 +66,10 @@ func (s *Server) getQuote(ctx context.Context, c *call) (message, error) {
 	if err != nil {
 		return nil, err
 	}
+	return s.quoteMessage(ev, rd)
+}
+
+func (s *Server) quoteMessage(ev *measure.Evidence, rd measure.ReportData) (message, error) {
 	log, err := s.logs.text(ev.Events)
 	if err != nil {
 		return nil, err
@@ -99,23 +111,6 @@ func (s *Server) rawEvidence(ctx context.Context, c *call) (*measure.Evidence, m
 	copy(rd[:], data)
 	ev, err := s.cfg.Guest.Evidence(ctx, rd, c.caller)
 	return ev, rd, err
-}
-
-func (s *Server) mayQuote(c *call, raw bool) error {
-	switch {
-	case !s.cfg.Grants.Quote:
-		return denied("%s is not allowed here: this socket has no grant for quotes; agent.toml says which socket has which grants", c.method)
-	case raw && !s.cfg.Grants.RawReportData:
-		return denied("%s with report data of your own is not allowed here: this socket has no grant for raw report data; TdxQuote with a hash and a prefix needs none, and agent.toml says which socket has which grants", c.method)
-	}
-	return nil
-}
-
-func (s *Server) mayRead(c *call) error {
-	if !s.cfg.Grants.Read {
-		return denied("%s is not allowed here: this socket has no grant to read; agent.toml says which socket has which grants", c.method)
-	}
-	return nil
 }
 
 func (s *Server) tdxQuote(ctx context.Context, c *call) (message, error) {
@@ -181,6 +176,9 @@ func (s *Server) info(ctx context.Context, c *call) (message, error) {
 	if err != nil {
 		return nil, err
 	}
+	if s.cfg.Surface == Worker && !s.cfg.PublicTCBInfo {
+		info.TCBInfo, info.VMConfig = "", ""
+	}
 	return info.fields(), nil
 }
 
@@ -206,15 +204,19 @@ func (s *Server) gpuInfo(_ context.Context, c *call) (message, error) {
 }
 
 func (s *Server) emitEvent(ctx context.Context, c *call) (message, error) {
-	if !s.cfg.Grants.Measure {
-		return nil, denied("EmitEvent is not allowed here: set full_access = true under [compat] in agent.toml to allow it to every application, or use the admin socket")
+	if err := s.mayMeasure(c); err != nil {
+		return nil, err
 	}
 	var name string
 	var payload []byte
 	if err := c.arguments.decode(message{{"event", 1, &name}, {"payload", 2, &payload}}); err != nil {
 		return nil, err
 	}
+	c.name = name
 	if err := CheckEvent(name, payload); err != nil {
+		return nil, err
+	}
+	if err := s.mayRecord(c, name); err != nil {
 		return nil, err
 	}
 	return nil, s.cfg.Guest.Emit(ctx, name, payload, c.caller)

@@ -2,6 +2,7 @@ package guestapi
 
 import (
 	"context"
+	"io"
 	"net"
 	"sync"
 	"syscall"
@@ -26,6 +27,24 @@ func (c *peerConn) Close() error {
 	return c.Conn.Close()
 }
 
+// ConnContext is for a server of another kind, as its ConnContext: [CallerOf] then knows
+// who is calling.
+func ConnContext(ctx context.Context, conn net.Conn) context.Context {
+	peer, ok := conn.(*peerConn)
+	if !ok {
+		peer = &peerConn{Conn: conn, caller: newIdentifier().caller(conn)}
+	}
+	return context.WithValue(ctx, peerKey{}, peer)
+}
+
+// CallerOf returns the caller of a request from its context, or an unknown one.
+func CallerOf(ctx context.Context) Caller {
+	if peer, _ := ctx.Value(peerKey{}).(*peerConn); peer != nil {
+		return peer.caller
+	}
+	return Caller{}
+}
+
 // slots counts the open connections of one server.
 type slots struct {
 	total, perUID int
@@ -33,6 +52,10 @@ type slots struct {
 	mu    sync.Mutex // guards what follows
 	open  int
 	byUID map[uint32]int // of known callers; no entry is 0
+}
+
+func newSlots(total, perUID int) *slots {
+	return &slots{total: total, perUID: perUID, byUID: make(map[uint32]int)}
 }
 
 // take occupies a slot and returns what frees it, or reports that none is left.
@@ -61,11 +84,24 @@ func (s *slots) free(c Caller) {
 	}
 }
 
+// LimitListener bounds how many connections of ln are open at once: total of all
+// users, and perUID of one that the kernel knows. What is beyond is told so, with
+// status 429, and closed.
+func LimitListener(ln net.Listener, total, perUID int) net.Listener {
+	return newPeerListener(ln, newSlots(total, perUID), newIdentifier())
+}
+
 // peerListener accepts connections as *peerConn, and turns away those that find no
 // slot.
 type peerListener struct {
 	net.Listener
-	slots *slots
+	slots      *slots
+	identify   *identifier
+	turnedAway chan struct{} // holds one for each connection that is told so
+}
+
+func newPeerListener(ln net.Listener, s *slots, identify *identifier) *peerListener {
+	return &peerListener{Listener: ln, slots: s, identify: identify, turnedAway: make(chan struct{}, maxTurnedAway)}
 }
 
 func (l *peerListener) Accept() (net.Conn, error) {
@@ -74,35 +110,54 @@ func (l *peerListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		caller := callerOf(conn)
+		caller := l.identify.caller(conn)
 		if release, ok := l.slots.take(caller); ok {
 			return &peerConn{Conn: conn, caller: caller, release: release}, nil
 		}
-		turnAway(conn)
+		l.turnAway(conn)
 	}
 }
 
-// turnAway answers a connection without reading its request. The answer fits into
-// the empty socket buffer, so a client that does not read cannot hold up the others.
-func turnAway(conn net.Conn) {
+// Bounds of what is done for connections that are turned away.
+const (
+	maxTurnedAway = 32 // at once; more are closed without waiting for their request
+	awaitRequest  = 100 * time.Millisecond
+	awaitClose    = time.Second
+)
+
+// turnAway tells the other end why, and closes conn. To a client an answer that comes
+// before its request, or an end while it still sends, is a broken connection. So that
+// it gets to see the answer, turnAway waits a moment for the request, where few do.
+func (l *peerListener) turnAway(conn net.Conn) {
+	select {
+	case l.turnedAway <- struct{}{}:
+	default:
+		refuse(conn)
+		conn.Close()
+		return
+	}
+	go func() { // ends by the deadlines
+		defer func() { <-l.turnedAway }()
+		defer conn.Close()
+		conn.SetReadDeadline(time.Now().Add(awaitRequest))
+		conn.Read(make([]byte, 1))
+		refuse(conn)
+		if c, ok := conn.(interface{ CloseWrite() error }); ok {
+			c.CloseWrite()
+		}
+		conn.SetReadDeadline(time.Now().Add(awaitClose))
+		io.Copy(io.Discard, io.LimitReader(conn, maxLargeBody+maxHeader))
+	}()
+}
+
+// refuse writes an answer that fits into the empty socket buffer, so a client that
+// does not read cannot hold up the others.
+func refuse(conn net.Conn) {
 	const body = "{\n  \"error\": \"too many open connections: close some or try again later\"\n}"
 	const head = "HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\nContent-Length: 73\r\n" +
 		"Retry-After: 1\r\n" + ExitHeader + ": 9\r\nConnection: close\r\n\r\n"
 	conn.SetWriteDeadline(time.Now().Add(time.Millisecond))
 	conn.Write([]byte(head + body))
-	conn.Close()
-}
-
-// callerOf asks the kernel who connected.
-func callerOf(conn net.Conn) Caller {
-	var c Caller
-	control(conn, func(fd int) {
-		cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
-		if err == nil && cred.Pid > 0 {
-			c = Caller{PID: cred.Pid, UID: cred.Uid, GID: cred.Gid, Known: true}
-		}
-	})
-	return c
 }
 
 // control runs f on the descriptor of conn, if it has one, and reports whether it did.

@@ -92,14 +92,15 @@ func decodeJSON(body []byte, m message) error {
 
 // checkJSON reports whether body is one JSON value, and if not, guesses why.
 func checkJSON(body []byte) error {
+	if json.Valid(body) {
+		if !utf8.Valid(body) {
+			return badRequest("the body is not valid UTF-8")
+		}
+		return nil
+	}
 	var whole json.RawMessage
 	err := json.Unmarshal(body, &whole)
-	switch {
-	case err == nil && utf8.Valid(body):
-		return nil
-	case err == nil:
-		return badRequest("the body is not valid UTF-8")
-	case !isASCII(body):
+	if !isASCII(body) {
 		return badRequest("the body is not JSON: %v; it has characters beyond ASCII, so check that Content-Length counts bytes and not characters, or write them as \\uXXXX", err)
 	}
 	return badRequest("the body is not JSON: %v", err)
@@ -158,13 +159,31 @@ func (f *field) setJSON(value json.RawMessage) error {
 
 func (f *field) setJSONString(value json.RawMessage) error {
 	var s string
-	if len(value) == 0 || value[0] != '"' || json.Unmarshal(value, &s) != nil {
-		return badRequest("%s: want a string, got %s", f.name, clip(string(value)))
+	if value[0] != '"' || json.Unmarshal(value, &s) != nil {
+		return badRequest("%s: want a string, got %s", f.name, kindOf(value))
 	}
 	if strings.ContainsRune(s, utf8.RuneError) {
 		return badRequest("%s: has half a surrogate pair or U+FFFD", f.name)
 	}
 	return f.setText(s)
+}
+
+// kindOf names the kind of a JSON value. The value itself may be secret, as report data
+// can be, and errors are logged.
+func kindOf(value json.RawMessage) string {
+	switch value[0] {
+	case '{':
+		return "an object"
+	case '[':
+		return "an array"
+	case '"':
+		return "a malformed string"
+	case 't', 'f':
+		return "true or false"
+	case 'n':
+		return "null"
+	}
+	return "a number"
 }
 
 // decodeQuery takes the arguments of a GET: name=value pairs, percent-encoded.

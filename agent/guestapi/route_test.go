@@ -96,7 +96,7 @@ func TestGrantsDenyByDefault(t *testing.T) {
 
 func TestEmitEventNeedsMeasure(t *testing.T) {
 	cfg := config(guestapi.Dstack, newTestGuest())
-	cfg.Grants.Measure = false
+	cfg.Grants.Measure = nil
 	r := exchange(t, serve(t, cfg), postJSON("/EmitEvent", `{"event":"a","payload":""}`))
 	wantError(t, r, 400, 8, "full_access = true under [compat]")
 	wantError(t, r, 400, 8, "admin socket")
@@ -104,12 +104,12 @@ func TestEmitEventNeedsMeasure(t *testing.T) {
 
 func TestKeysNeedTheirGrant(t *testing.T) {
 	cfg := keyConfig(t, guestapi.Dstack)
-	cfg.Grants.Keys = false
+	cfg.Grants.Cert, cfg.Grants.Sign, cfg.Grants.Keys = false, false, nil
 	path := serve(t, cfg)
 	for _, name := range []string{"GetTlsKey", "GetKey", "Sign", "Verify"} {
 		wantError(t, exchange(t, path, postJSON("/"+name, `{"algorithm":"ed25519"}`)), 400, 8, "full_access = true under [compat]")
 	}
-	// The larger body is for who may use keys.
+	// The larger body is for who may sign.
 	wantError(t, exchange(t, path, postJSON("/Sign", strings.Repeat(" ", 64<<10+1))), 400, 2, "want at most 65536 bytes")
 }
 

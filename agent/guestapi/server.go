@@ -22,15 +22,29 @@ const writeGrace = 10 * time.Second
 type Config struct {
 	Surface Surface
 	Grants  Grants // of every caller of this socket
-	Guest   Guest
+	// OnlyUIDs, if not empty, are the users that have these Grants. Others, and callers
+	// that the transport does not know, have none.
+	OnlyUIDs []uint32
+	Guest    Guest
 	// Keys returns the application's keys; nil is an agent that has none. It is asked
 	// for every method that needs them, and its error is the answer.
 	Keys func(ctx context.Context) (*keys.App, error)
 
+	// PublicTCBInfo lets the Worker's Info carry tcb_info and vm_config: the
+	// application's public_tcbinfo. Other surfaces always do.
+	PublicTCBInfo bool
+
 	Version  string // answer to the method Version
 	Revision string // of the source, such as "git:0123456789abcdef0123"; "" is sent as "unknown"
 
+	Limits *Limiter // of every caller; nil: none
+	// Audit records a call before it is answered; nil: no record. A call that gives
+	// something of a key is not answered unless its record could be written.
+	Audit  func(Record) error
 	Logger *slog.Logger // nil: no log
+	// Observe is told of every call: one of the surface's methods, or "" for another
+	// word, and the HTTP status. Nil: nobody is.
+	Observe func(method string, status int)
 
 	// ReadTimeout bounds the arrival of a request, headers and body; default 10 s.
 	ReadTimeout time.Duration
@@ -70,18 +84,18 @@ func (c *Config) setDefaults() {
 // Server serves one surface to the callers of one socket, or of several that have
 // the same grants.
 type Server struct {
-	cfg     Config
-	methods map[string]method
-	slots   slots
-	logs    lastLog
-	http    http.Server
+	cfg      Config
+	methods  map[string]method
+	slots    *slots
+	identify *identifier
+	logs     lastLog
+	http     http.Server
 }
 
 // NewServer returns a Server that is ready to [Server.Serve].
 func NewServer(cfg Config) *Server {
 	cfg.setDefaults()
-	s := &Server{cfg: cfg, methods: methodsOf(cfg.Surface)}
-	s.slots = slots{total: cfg.MaxConns, perUID: cfg.MaxConnsPerUID, byUID: make(map[uint32]int)}
+	s := &Server{cfg: cfg, methods: methodsOf(cfg.Surface), identify: newIdentifier(), slots: newSlots(cfg.MaxConns, cfg.MaxConnsPerUID)}
 	s.http = http.Server{
 		Handler:           http.HandlerFunc(s.handle),
 		ReadHeaderTimeout: cfg.ReadTimeout,
@@ -101,7 +115,7 @@ func NewServer(cfg Config) *Server {
 // Serve answers the connections of ln until [Server.Shutdown], then returns nil. It
 // closes ln.
 func (s *Server) Serve(ln net.Listener) error {
-	err := s.http.Serve(&peerListener{Listener: ln, slots: &s.slots})
+	err := s.http.Serve(newPeerListener(ln, s.slots, s.identify))
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}

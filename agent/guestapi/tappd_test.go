@@ -71,7 +71,7 @@ func TestTdxQuoteRefusals(t *testing.T) {
 		"ratls-cert", "kms-root-ca", "tdx-atls-v1",
 		"ratls-cert:", "ratls-cert:0*0\\u0005\\u0006\\u0003+ep\\u0003!\\u0000", "kms-root-ca:x:y",
 	} {
-		for _, algorithm := range []string{"", "sha256", "raw"} {
+		for _, algorithm := range strings.Split(" sha256 sha384 sha512 sha3-256 sha3-384 sha3-512 keccak256 keccak384 keccak512 raw", " ") {
 			body := fmt.Sprintf(`{"report_data":"00","hash_algorithm":"%s","prefix":"%s"}`, algorithm, prefix)
 			wantError(t, exchange(t, path, postJSON("/prpc/TdxQuote", body)), 400, 8, "is reserved")
 		}

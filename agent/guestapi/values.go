@@ -9,7 +9,7 @@ import (
 )
 
 // This file is the kinds of field that few messages have: numbers, truth values,
-// lists, and text that is overwritten after use.
+// lists, event logs, and text that is overwritten after use.
 
 // pemText is PEM text with a key in it. Unlike a string it can be cleared.
 type pemText []byte
@@ -130,6 +130,8 @@ func appendValue(b []byte, value any) []byte {
 			return append(b, "null"...)
 		}
 		b = strconv.AppendUint(b, **v, 10)
+	case *logText:
+		b = append(b, v.quoted...)
 	case *pemText:
 		b = appendPEM(b, *v)
 	case *[]string:
@@ -180,6 +182,8 @@ func appendPEM(b []byte, text pemText) []byte {
 func sizeValue(value any) int {
 	size := 24
 	switch v := value.(type) {
+	case *logText:
+		size += len(v.quoted)
 	case *pemText:
 		size += 2 * len(*v)
 	case *[]string:
@@ -207,6 +211,11 @@ func appendProtoValue(b []byte, num protowire.Number, value any) []byte {
 		if *v != nil {
 			b = protowire.AppendTag(b, num, protowire.VarintType)
 			b = protowire.AppendVarint(b, **v)
+		}
+	case *logText:
+		if v.plain != "" {
+			b = protowire.AppendTag(b, num, protowire.BytesType)
+			b = protowire.AppendString(b, v.plain)
 		}
 	case *pemText:
 		b = protowire.AppendTag(b, num, protowire.BytesType)

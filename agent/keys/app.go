@@ -30,9 +30,13 @@ type App struct {
 	provider     measure.KeyProvider
 	kmsSignature []byte // of the KMS root over this application's key; 65 bytes or empty
 	authority    *authority
+	// kms issues the certificates in the authority's place; nil if nobody asks it.
+	kms *KMS
 
 	mu  sync.RWMutex // held for reading while a secret is used
 	key *Secret      // nil once dropped
+	// omitLegacy is set by OmitLegacyOIDs.
+	omitLegacy bool
 	// k256 is key as a scalar.
 	k256 *secp256k1.PrivateKey
 }
@@ -48,6 +52,14 @@ func newApp(provider measure.KeyProvider, key *Secret, kmsSignature []byte, ca *
 
 // Provider is who provides the keys, as the key-provider event says it.
 func (a *App) Provider() measure.KeyProvider { return a.provider }
+
+// OmitLegacyOIDs leaves what only verifiers before dstack 0.5.9 read out of the
+// certificates that are made from now on.
+func (a *App) OmitLegacyOIDs() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.omitLegacy = true
+}
 
 // PublicKey returns the application's secp256k1 key, which begins every signature
 // chain: 33 bytes, SEC 1 compressed.

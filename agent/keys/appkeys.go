@@ -16,7 +16,11 @@ const maxAppKeys = 256 << 10
 
 // File is a .appkeys.json: the keys of any provider, as dstack's boot tools leave
 // them. Path must be a regular file of at most 256 KiB.
-type File struct{ Path string }
+type File struct {
+	Path string
+	// KMS issues the certificates if the keys are a KMS's. Nil: nobody does.
+	KMS *KMS
+}
 
 // App implements [Provider]. Errors name the file.
 func (p File) App(context.Context) (*App, error) {
@@ -27,6 +31,9 @@ func (p File) App(context.Context) (*App, error) {
 	a, err := ParseAppKeys(b)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p.Path, err)
+	}
+	if a.provider.Kind == measure.KeyProviderKMS {
+		a.kms = p.KMS
 	}
 	return a, nil
 }

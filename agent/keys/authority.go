@@ -52,7 +52,7 @@ func (c *authority) set(cert *x509.Certificate) {
 // certificate returns the authority's certificate, and makes it when it is first
 // asked for: it carries evidence, and the host may not have been able to give any
 // when the agent started.
-func (c *authority) certificate(ctx context.Context, now time.Time, attest Attest) (*x509.Certificate, string, error) {
+func (c *authority) certificate(ctx context.Context, now time.Time, attest Attest, omitLegacy bool) (*x509.Certificate, string, error) {
 	select {
 	case <-c.turn:
 	case <-ctx.Done():
@@ -62,7 +62,7 @@ func (c *authority) certificate(ctx context.Context, now time.Time, attest Attes
 	if c.cert != nil {
 		return c.cert, c.pem, nil
 	}
-	cert, err := c.selfSign(ctx, now, attest)
+	cert, err := c.selfSign(ctx, now, attest, omitLegacy)
 	if err != nil {
 		return nil, "", fmt.Errorf("certificate of the application's authority: %w", err)
 	}
@@ -70,7 +70,24 @@ func (c *authority) certificate(ctx context.Context, now time.Time, attest Attes
 	return c.cert, c.pem, nil
 }
 
-func (c *authority) selfSign(ctx context.Context, now time.Time, attest Attest) (*x509.Certificate, error) {
+// certify signs a certificate: PEM, the leaf first, then the authority's.
+func (c *authority) certify(ctx context.Context, key *ecdsa.PrivateKey, r *CertificateRequest, attest Attest, omitLegacy bool) ([]string, error) {
+	parent, parentPEM, err := c.certificate(ctx, r.now(), attest, omitLegacy)
+	if err != nil {
+		return nil, err
+	}
+	template := r.template()
+	if template.ExtraExtensions, err = r.extensions(ctx, &key.PublicKey, attest, omitLegacy); err != nil {
+		return nil, err
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, c.key)
+	if err != nil {
+		return nil, fmt.Errorf("certificate: %w", err)
+	}
+	return []string{certificatePEM(der), parentPEM}, nil
+}
+
+func (c *authority) selfSign(ctx context.Context, now time.Time, attest Attest, omitLegacy bool) (*x509.Certificate, error) {
 	template := &x509.Certificate{
 		Subject:               pkix.Name{CommonName: "App Root Cert"},
 		NotBefore:             firstDay,
@@ -84,7 +101,7 @@ func (c *authority) selfSign(ctx context.Context, now time.Time, attest Attest) 
 	if err != nil {
 		return nil, err
 	}
-	if template.ExtraExtensions, err = ratls.Extensions(ev.Evidence, ev.spki); err != nil {
+	if template.ExtraExtensions, err = ev.extensions(omitLegacy); err != nil {
 		return nil, err
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &c.key.PublicKey, c.key)
@@ -100,8 +117,16 @@ type attested struct {
 	spki []byte
 }
 
+func (a *attested) extensions(omitLegacy bool) ([]pkix.Extension, error) {
+	list, err := ratls.Extensions(a.Evidence, a.spki)
+	if omitLegacy {
+		list = ratls.WithoutLegacy(list)
+	}
+	return list, err
+}
+
 func attestKey(ctx context.Context, key *ecdsa.PublicKey, attest Attest) (*attested, error) {
-	spki, err := x509.MarshalPKIXPublicKey(key)
+	spki, err := p256SPKI(key)
 	if err != nil {
 		return nil, err
 	}

@@ -92,35 +92,32 @@ func (a *App) deriveSecret(path string) (*Secret, error) {
 
 // errNoAuthority is for keys that a KMS provides: its applications' certificates are
 // signed by it.
-var errNoAuthority = errors.New("the application's certificates are issued by its KMS, which this agent does not ask yet")
+var errNoAuthority = errors.New("the application's certificates are issued by its KMS, and this agent knows of none to ask: write its urls under [keys.kms] in agent.toml")
 
 // issue takes over secret.
 func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, attest Attest) (*TLSKey, error) {
 	defer secret.Zero()
 	a.mu.RLock()
-	ca, dropped := a.authority, a.key == nil
+	ca, kms, dropped, omitLegacy := a.authority, a.kms, a.key == nil, a.omitLegacy
 	a.mu.RUnlock()
-	switch {
-	case dropped:
+	if dropped {
 		return nil, errDropped
-	case ca == nil:
-		return nil, errNoAuthority
-	}
-	parent, parentPEM, err := ca.certificate(ctx, r.now(), attest)
-	if err != nil {
-		return nil, err
 	}
 	key, err := secret.p256()
 	if err != nil {
 		return nil, err
 	}
-	template := r.template()
-	if template.ExtraExtensions, err = r.extensions(ctx, &key.PublicKey, attest); err != nil {
-		return nil, err
+	var chain []string
+	switch {
+	case ca != nil:
+		chain, err = ca.certify(ctx, key, &r, attest, omitLegacy)
+	case kms != nil:
+		chain, err = kms.certify(ctx, key, &r, attest)
+	default:
+		err = errNoAuthority
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, ca.key)
 	if err != nil {
-		return nil, fmt.Errorf("certificate: %w", err)
+		return nil, err
 	}
 	pkcs8, err := secret.pkcs8(&key.PublicKey)
 	if err != nil {
@@ -128,7 +125,7 @@ func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, a
 	}
 	defer clear(pkcs8)
 	keyPEM := appendPEM("PRIVATE KEY", pkcs8)
-	return &TLSKey{key: &box[[]byte]{&keyPEM}, Chain: []string{certificatePEM(der), parentPEM}}, nil
+	return &TLSKey{key: &box[[]byte]{&keyPEM}, Chain: chain}, nil
 }
 
 // check finds what cannot be put into a certificate.
@@ -207,7 +204,7 @@ func (r *CertificateRequest) template() *x509.Certificate {
 
 // extensions makes dstack's extensions for a key. There is a quote only where it ends
 // up in the certificate, or where what it says does.
-func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKey, attest Attest) ([]pkix.Extension, error) {
+func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKey, attest Attest, omitLegacy bool) ([]pkix.Extension, error) {
 	list := []pkix.Extension{ratls.UsageExtension(ratls.UsageApp)}
 	if !r.RATLS && !r.AppInfo {
 		return list, nil
@@ -217,7 +214,7 @@ func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKe
 		return nil, err
 	}
 	if r.RATLS {
-		evidence, err := ratls.Extensions(ev.Evidence, ev.spki)
+		evidence, err := ev.extensions(omitLegacy)
 		if err != nil {
 			return nil, err
 		}

@@ -29,7 +29,11 @@ type Status struct {
 	Loosened map[string]any `json:"loosened"`
 	// Access says what each socket gives to whoever can open it.
 	Access []Access `json:"access"`
-	Notes  []string `json:"notes"`
+	Audit  Audit    `json:"audit"`
+	// Peers is what the processes with channels say. The status command asks them; the
+	// agent does not know.
+	Peers *PeersSummary `json:"peers,omitempty"`
+	Notes []string      `json:"notes"`
 }
 
 // Time is a moment as RFC 3339 in UTC.
@@ -101,8 +105,21 @@ type Log struct {
 // Quotes counts quotes.
 type Quotes = measure.QuoteStats
 
+// Audit is the end of the audit record's chain.
+type Audit struct {
+	Seq     uint64 `json:"seq"`               // of the last line
+	Head    string `json:"head"`              // SHA-256 of the last line
+	Problem string `json:"problem,omitempty"` // why nothing can be written
+	Lost    uint64 `json:"lost,omitempty"`    // lines since the last that could be
+}
+
 // Access is what one socket gives.
 type Access struct {
 	Socket string   `json:"socket"`
 	Grants []string `json:"grants"`
+	// Application is who the socket was declared for; "" for the agent's own.
+	Application string `json:"application,omitempty"`
+	// UIDs are the only users that may call, where not everybody may who can open the
+	// socket.
+	UIDs []uint32 `json:"uids,omitempty"`
 }

@@ -30,20 +30,39 @@ func (s *Status) WriteText(w io.Writer) error {
 	}
 	s.writeLog(b)
 	q := s.Quotes
-	fmt.Fprintf(b, "  quotes  %d ok, %d failed, %d callers waiting", q.OK, q.Failed, q.Waiting)
+	fmt.Fprintf(b, "  quotes  %d ok, %d failed", q.OK, q.Failed)
+	if !q.LastFailure.IsZero() {
+		fmt.Fprintf(b, " (last %s)", q.LastFailure.Format(time.RFC3339))
+	}
+	if q.Busy > 0 {
+		fmt.Fprintf(b, ", %d refused as too many", q.Busy)
+	}
+	fmt.Fprintf(b, ", %d callers waiting", q.Waiting)
 	if !q.LastSuccess.IsZero() {
 		fmt.Fprintf(b, "; last %s took %d ms", q.LastSuccess.Format(time.RFC3339), q.LastMillis)
 	}
 	b.WriteByte('\n')
 	if q.LastError != "" {
-		fmt.Fprintf(b, "  last quote error: %s\n", q.LastError)
+		fmt.Fprintf(b, "  the last quote failed: %s\n", q.LastError)
+	}
+	if s.Peers != nil {
+		s.Peers.write(b)
 	}
 	for _, a := range s.Access {
-		fmt.Fprintf(b, "  socket  %s gives %s\n", a.Socket, strings.Join(a.Grants, ", "))
+		a.writeText(b)
 	}
+	s.writeAudit(b)
 	s.writeProblems(b)
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+func (a *Access) writeText(b *strings.Builder) {
+	fmt.Fprintf(b, "  socket  %s gives %s", a.Socket, strings.Join(a.Grants, ", "))
+	if len(a.UIDs) > 0 {
+		fmt.Fprintf(b, "; only to uid %s", strings.Trim(fmt.Sprint(a.UIDs), "[]"))
+	}
+	b.WriteByte('\n')
 }
 
 func short(verdict string) string {
@@ -80,6 +99,13 @@ func (s *Status) writeLog(b *strings.Builder) {
 	b.WriteByte('\n')
 	if s.Log.Problem != "" {
 		fmt.Fprintf(b, "  PROBLEM %s\n", s.Log.Problem)
+	}
+}
+
+func (s *Status) writeAudit(b *strings.Builder) {
+	fmt.Fprintf(b, "  audit   line %d, head %s\n", s.Audit.Seq, s.Audit.Head)
+	if s.Audit.Problem != "" {
+		fmt.Fprintf(b, "  PROBLEM the audit record cannot be written, so keys are not given; %d lines are lost: %s\n", s.Audit.Lost, s.Audit.Problem)
 	}
 }
 

@@ -162,38 +162,47 @@ func (r *Reports) findEntry(refused error) error {
 	return fmt.Errorf("make the report entry %q: run kernel-setup as root first: %w", r.entry, refused)
 }
 
-// work owns the entry. It must not be interrupted: a signal would end the read of a
-// quote, and the kernel would then answer EBUSY until the host is done. So its thread
-// takes no signals, and ends with this goroutine because it is never unlocked.
+// work owns the entry.
 func (r *Reports) work() {
-	runtime.LockOSThread()
-	blockSignals()
 	for {
 		select {
 		case <-r.closing:
 			return
 		case q := <-r.requests:
 			if q.ctx.Err() == nil {
-				quote, err := r.quote(q.ctx, q.rd)
+				quote, err := r.undisturbed(q)
 				q.reply <- reportReply{quote, err}
 			}
 		}
 	}
 }
 
-// blockSignals blocks what can be sent from outside on this thread. Left alone are
-// the signals of a crash, which Go turns into a stack trace, and the two by which
-// runtimes run a system call on all threads; neither comes by accident.
-func blockSignals() {
-	var all unix.Sigset_t
+// undisturbed makes a quote on a thread that takes no signals meanwhile: one would end
+// the read of the quote, and the kernel would then answer EBUSY until the host is
+// done. The thread is not kept for this goroutine between quotes, since to wake it
+// takes as long as a tenth of a quote.
+func (r *Reports) undisturbed(q reportRequest) ([]byte, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	defer blockSignals()()
+	return r.quote(q.ctx, q.rd)
+}
+
+// blockSignals blocks what can be sent from outside on this thread, until restore.
+// Left alone are the signals of a crash, which Go turns into a stack trace, and the
+// two by which runtimes run a system call on all threads; neither comes by accident.
+func blockSignals() (restore func()) {
+	var all, old unix.Sigset_t
 	for i := range all.Val {
 		all.Val[i] = ^all.Val[i]
 	}
 	for _, s := range []syscall.Signal{syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGILL, syscall.SIGTRAP, 32, 33} {
 		all.Val[0] &^= 1 << (s - 1)
 	}
-	// Without it quotes still work, only signals can delay them.
-	_ = unix.PthreadSigmask(unix.SIG_BLOCK, &all, nil)
+	if unix.PthreadSigmask(unix.SIG_BLOCK, &all, &old) != nil {
+		return func() {} // quotes still work, only signals can delay them
+	}
+	return func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }
 }
 
 // quote tries until there is a quote, until the failure is one that trying again does

@@ -209,6 +209,14 @@ func newPairOf(t testing.TB, p *pair, more string, options ...option) *pair {
 	return p
 }
 
+// peers lists those of the server's open channels.
+func (p *pair) peers() (list []*atls.Peer) {
+	for _, c := range p.listener.Channels() {
+		list = append(list, c.Peer())
+	}
+	return list
+}
+
 // echo answers every connection with what it reads.
 func (p *pair) echo(t testing.TB) {
 	t.Helper()
@@ -293,7 +301,7 @@ func TestMutual(t *testing.T) {
 	if !ok || !peer.Attested() || peer.Entry() != "server" || peer.KeyMode || len(peer.Ref) != 16 || peer.AgentKey != p.server.attester(t).AgentKey() {
 		t.Errorf("the server is %+v", peer)
 	}
-	peers := p.listener.Peers()
+	peers := p.peers()
 	if len(peers) != 1 || !peers[0].Attested() || peers[0].Entry() != "client" || peers[0].Ref != peer.Ref || peers[0].Service != "echo" {
 		t.Errorf("the clients are %+v", peers)
 	}
@@ -391,7 +399,9 @@ func (failing) Attest(context.Context, *atls.Session, bool) (*atls.Statement, er
 }
 
 func TestUnattestedClient(t *testing.T) {
-	p := newPair(t, "", func(_, c *atls.Config, l *atls.ListenerConfig) {
+	var serverVerifier *remote.Verifier
+	p := newPair(t, "allow_unattested_clients = true", func(s, c *atls.Config, l *atls.ListenerConfig) {
+		serverVerifier = s.Verifier
 		c.Attester = nil
 		l.Unattested = []string{"echo"}
 	})
@@ -401,9 +411,19 @@ func TestUnattestedClient(t *testing.T) {
 	if !c.Peer().Attested() {
 		t.Error("the server was not appraised")
 	}
-	if peers := p.listener.Peers(); len(peers) != 1 || peers[0].Attested() || peers[0].Entry() != "" {
+	if peers := p.peers(); len(peers) != 1 || peers[0].Attested() || peers[0].Entry() != "" {
 		t.Errorf("the clients are %+v", peers)
 	}
+	// The policy takes it back, for those who are connected too.
+	if n := p.listener.Reappraise(context.Background()); n != 0 {
+		t.Errorf("%d denied under the same policy", n)
+	}
+	deny(t, serverVerifier, p.client, p.client.entry("client", "echo", ""))
+	if n := p.listener.Reappraise(context.Background()); n != 1 {
+		t.Errorf("%d denied, want the unattested client", n)
+	}
+	_, err := p.dial()
+	wantCode(t, err, atls.CodeUnsupported, true)
 }
 
 func TestEmptyExpect(t *testing.T) {

@@ -88,8 +88,8 @@ type Statement struct {
 // Attester makes this TD's statements. It builds what is signed itself: who can reach
 // it cannot have other report data signed.
 type Attester interface {
-	// Attest makes a statement, with evidence unless keyMode is set. Its errors are
-	// told to the peer as busy or internal only.
+	// Attest makes a statement, with evidence unless keyMode is set. Of its errors the
+	// peer is told internal, or busy where one has a method RetryAfter() time.Duration.
 	Attest(ctx context.Context, s *Session, keyMode bool) (*Statement, error)
 	// AgentKey is the SHA-256 of the agent key's SubjectPublicKeyInfo.
 	AgentKey() [32]byte

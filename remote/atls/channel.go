@@ -24,8 +24,9 @@ import (
 
 // Defaults of a [Config].
 const (
-	DefaultMaxSession = time.Hour
-	DefaultDrain      = 10 * time.Minute
+	DefaultMaxSession  = time.Hour
+	DefaultDrain       = 10 * time.Minute
+	DefaultDeniedDrain = 10 * time.Second
 )
 
 // Config is one end's part in channels.
@@ -35,11 +36,17 @@ type Config struct {
 	// Attester speaks for this TD. Nil: this end has no TEE, and reaches only services
 	// that take unattested clients.
 	Attester Attester
+	// RATLS speaks dstack's RA-TLS instead, which is weaker. Attester must be nil then.
+	RATLS *RATLS
 	// KeyTTL is how long a peer that was appraised may use key mode, where the policy
 	// lets it (require = "key"). Zero: not at all.
 	KeyTTL time.Duration
 	// MaxSession ends a connection, after Drain more to finish in. Zero: the defaults.
 	MaxSession, Drain time.Duration
+	// DeniedDrain is what a peer has to finish in that a new policy denies: an answer
+	// that is being written need not break off, and no policy waits for a peer to end by
+	// itself. Zero: the default.
+	DeniedDrain time.Duration
 	// AllowSelf accepts a peer with our own agent key.
 	AllowSelf bool
 	// Observe is told of every handshake, from its goroutine. May be nil.
@@ -56,6 +63,8 @@ type end struct {
 	leaf    *tls.Certificate
 	renewAt time.Time
 	open    map[*Conn]struct{}
+	// reserved channels are not open yet: their handshakes end.
+	reserved int
 }
 
 // kept is accepted evidence, for key mode.
@@ -70,6 +79,9 @@ func newEnd(cfg Config) (*end, error) {
 	if cfg.Verifier == nil {
 		return nil, errors.New("atls: no Verifier, so that nobody could be accepted")
 	}
+	if err := cfg.checkRATLS(); err != nil {
+		return nil, err
+	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -78,6 +90,9 @@ func newEnd(cfg Config) (*end, error) {
 	}
 	if cfg.Drain <= 0 {
 		cfg.Drain = DefaultDrain
+	}
+	if cfg.DeniedDrain <= 0 {
+		cfg.DeniedDrain = DefaultDeniedDrain
 	}
 	if cfg.Observe == nil {
 		cfg.Observe = func(Handshake) {}
@@ -164,18 +179,38 @@ func checkTLS(state *tls.ConnectionState, leaf *tls.Certificate) error {
 
 // Peer is who is at the other end, and how we know.
 type Peer struct {
-	Address  string
-	Service  string
-	Ref      string         // the same on both ends
-	Result   *remote.Result // nil: the peer proved nothing
-	KeyMode  bool
-	AgentKey [32]byte  // SHA-256 of the SubjectPublicKeyInfo
-	Opened   time.Time // when the handshake ended
-	Expires  time.Time
+	Address string
+	Role    Role // the peer's
+	Service string
+	Ref     string         // the same on both ends
+	Result  *remote.Result // nil: the peer proved nothing
+	KeyMode bool
+	// Certificate says that the evidence was in the peer's certificate, see [RATLS].
+	Certificate bool
+	AgentKey    [32]byte  // SHA-256 of the SubjectPublicKeyInfo
+	VerifiedAt  time.Time // when its quote was made for us and accepted; zero: never
+	Opened      time.Time // when the handshake ended
+	Expires     time.Time
 
 	evidence   *measure.Evidence
 	reportData measure.ReportData
 }
+
+// Assurance is "quote", "key" or "certificate", by how the peer attested, or "none".
+func (p *Peer) Assurance() string {
+	switch {
+	case !p.Attested():
+		return modeNone
+	case p.Certificate:
+		return "certificate" // of RA-TLS
+	case p.KeyMode:
+		return modeKey
+	}
+	return modeQuote
+}
+
+// Evidence is what the peer showed, nil if it proved nothing.
+func (p *Peer) Evidence() *measure.Evidence { return p.evidence }
 
 // Attested reports whether the peer was appraised and accepted.
 func (p *Peer) Attested() bool { return p.Result != nil && p.Result.Accepted }
@@ -218,8 +253,9 @@ func (e *end) verify(ctx context.Context, p *Peer, s *Session, st *Statement, an
 	if p.Result, err = e.cfg.Verifier.Appraise(ctx, p.evidence, remote.Expect{ReportData: p.reportData, Entries: entries, Channel: channel}); err != nil {
 		return err
 	}
+	p.VerifiedAt = e.cfg.Now()
 	if e.cfg.KeyTTL > 0 {
-		e.kept.Add(hash, &kept{evidence: p.evidence, reportData: p.reportData, rtmr3: st.RTMR3, verifiedAt: e.cfg.Now()})
+		e.kept.Add(hash, &kept{evidence: p.evidence, reportData: p.reportData, rtmr3: st.RTMR3, verifiedAt: p.VerifiedAt})
 	}
 	return nil
 }
@@ -239,7 +275,7 @@ func (e *end) verifyKept(ctx context.Context, p *Peer, st *Statement, channel *r
 	if subtle.ConstantTimeCompare(k.rtmr3[:], st.RTMR3[:]) != 1 {
 		return &reattestError{"RTMR3 was extended since"}
 	}
-	p.evidence, p.reportData, p.KeyMode = k.evidence, k.reportData, true
+	p.evidence, p.reportData, p.KeyMode, p.VerifiedAt = k.evidence, k.reportData, true, k.verifiedAt
 	p.Result, err = e.cfg.Verifier.Appraise(ctx, k.evidence, remote.Expect{ReportData: k.reportData, Entries: entries, Channel: channel})
 	if rejection, ok := errors.AsType[*remote.Rejection](err); ok {
 		return &reattestError{rejection.Error()}
@@ -258,19 +294,10 @@ func (e *end) usable(agentKey [32]byte) (*kept, bool) {
 
 // wants says in which mode a peer of this agent key should attest.
 func (e *end) wants(agentKey []byte, modes []string) string {
-	if len(agentKey) == 32 && slices.Contains(modes, modeKey) && e.allowsKeyMode() {
+	if len(agentKey) == 32 && slices.Contains(modes, modeKey) && e.cfg.Verifier.Policy().AllowsKeys() {
 		if _, ok := e.usable([32]byte(agentKey)); ok {
 			return modeKey
 		}
 	}
 	return modeQuote
-}
-
-func (e *end) allowsKeyMode() bool {
-	for _, entry := range e.cfg.Verifier.Policy().Entries {
-		if entry.Require == "key" {
-			return true
-		}
-	}
-	return false
 }

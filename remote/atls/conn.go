@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tdx-agent/remote"
@@ -26,8 +27,13 @@ type Conn struct {
 	once   sync.Once
 	drain  sync.Once
 	expiry *time.Timer // starts the drain
-	cut    *time.Timer // ends it
-	mu     sync.Mutex  // guards cut
+
+	read, written atomic.Int64
+
+	mu      sync.Mutex  // guards what follows
+	cut     *time.Timer // ends the drain
+	cutAt   time.Time
+	onDrain func() // may be nil
 }
 
 // open makes the channel of a handshake that is done. Where the policy was replaced
@@ -58,6 +64,10 @@ func newConn(h *handshake, ttl time.Duration, service string, entries []string) 
 	c := &Conn{Conn: h.conn, end: h.end, peer: h.peer, service: service, entries: entries, draining: make(chan struct{})}
 	c.end.mu.Lock()
 	defer c.end.mu.Unlock()
+	if h.isReserved {
+		h.isReserved = false
+		c.end.reserved--
+	}
 	c.end.open[c] = struct{}{}
 	c.expiry = time.AfterFunc(life, c.Drain)
 	return c
@@ -71,14 +81,67 @@ func (c *Conn) Peer() *Peer { return c.peer }
 func (c *Conn) Draining() <-chan struct{} { return c.draining }
 
 // Drain ends the session early.
-func (c *Conn) Drain() {
+func (c *Conn) Drain() { c.drainFor(c.end.cfg.Drain) }
+
+// drainFor ends the session, and cuts the channel after this time or the one that it has
+// already.
+func (c *Conn) drainFor(left time.Duration) {
+	c.mu.Lock()
+	at := time.Now().Add(left)
+	switch {
+	case c.cut == nil:
+		c.cut, c.cutAt = time.AfterFunc(left, func() { c.Close() }), at
+	case at.Before(c.cutAt):
+		c.cut.Reset(left)
+		c.cutAt = at
+	}
+	then := c.onDrain
+	c.mu.Unlock()
 	c.drain.Do(func() {
 		close(c.draining)
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.cut = time.AfterFunc(c.end.cfg.Drain, func() { c.Close() })
+		if then != nil {
+			then()
+		}
 	})
 }
+
+// whenDraining has f called when the session ends, or now if it has ended.
+func (c *Conn) whenDraining(f func()) {
+	c.mu.Lock()
+	c.onDrain = f
+	isOver := c.cut != nil
+	c.mu.Unlock()
+	if isOver {
+		f()
+	}
+}
+
+// IsDraining reports whether the session has ended.
+func (c *Conn) IsDraining() bool {
+	select {
+	case <-c.draining:
+		return true
+	default:
+		return false
+	}
+}
+
+// Read implements net.Conn.
+func (c *Conn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.read.Add(int64(n))
+	return n, err
+}
+
+// Write implements net.Conn.
+func (c *Conn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.written.Add(int64(n))
+	return n, err
+}
+
+// Bytes is how many bytes of the application were read and written so far.
+func (c *Conn) Bytes() (read, written int64) { return c.read.Load(), c.written.Load() }
 
 // Close closes the channel.
 func (c *Conn) Close() error {
@@ -98,14 +161,22 @@ func (c *Conn) Close() error {
 }
 
 // reappraise judges the peer anew by the policy of now, and drains the channel if it
-// is no longer accepted.
+// is no longer accepted: in a moment if it is denied, in Config.Drain if that could not
+// be told.
 func (c *Conn) reappraise(ctx context.Context) error {
 	if c.peer.evidence == nil {
-		return nil
+		if c.end.cfg.Verifier.Policy().AllowsUnattested(c.service) {
+			return nil
+		}
+		c.drainFor(min(c.end.cfg.DeniedDrain, c.end.cfg.Drain))
+		return &unsupportedError{"the service takes no unattested clients any more"}
 	}
 	_, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: c.entries,
-		Channel: &remote.Channel{AgentKey: c.peer.AgentKey, Service: c.service, KeyMode: c.peer.KeyMode}})
-	if err != nil {
+		Channel: &remote.Channel{AgentKey: c.peer.AgentKey, Service: c.service, KeyMode: c.peer.KeyMode, Certificate: c.peer.Certificate}})
+	switch {
+	case errors.As(err, new(*remote.Rejection)):
+		c.drainFor(min(c.end.cfg.DeniedDrain, c.end.cfg.Drain))
+	case err != nil:
 		c.Drain()
 	}
 	return err
@@ -121,10 +192,33 @@ func (e *end) channels() (all []*Conn) {
 	return all
 }
 
-func (e *end) count() int {
+// hasRoom reports whether another channel may be open, those included that will be.
+func (e *end) hasRoom(limit int) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return len(e.open)
+	return len(e.open)+e.reserved < limit
+}
+
+// reserve keeps a place for the channel that the handshake will open.
+func (h *handshake) reserve(limit int) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.end.open)+h.reserved >= limit {
+		return false
+	}
+	h.reserved++
+	h.isReserved = true
+	return true
+}
+
+// release gives the place back, if the handshake has one.
+func (h *handshake) release() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.isReserved {
+		h.isReserved = false
+		h.reserved--
+	}
 }
 
 func (e *end) reappraiseAll(ctx context.Context) (denied int) {

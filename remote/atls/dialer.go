@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"sync"
 	"time"
 
@@ -136,6 +135,8 @@ func (t *targetState) refused(e *Error) {
 	t.last = e
 	isFree := e.Step == StepTLS || e.Step == StepHello
 	switch {
+	case e.Code == CodeBusy && !e.Remote: // our own quotes are slow: the peer has had none
+		t.until = time.Now().Add(e.RetryAfter)
 	case e.Code == CodeBusy:
 		wait := e.RetryAfter
 		if !isFree {
@@ -165,11 +166,7 @@ func (d *Dialer) once(ctx context.Context, network, address, service string, ent
 	}
 	stop := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	h, err := d.end.begin(ctx, raw, Client)
-	var ttl time.Duration
-	if err == nil {
-		ttl, err = h.dial(ctx, service, entries)
-	}
+	h, ttl, err := d.talk(ctx, raw, address, service, entries)
 	var c *Conn
 	if err == nil {
 		c, err = h.open(ctx, ttl, "", entries)
@@ -185,17 +182,19 @@ func (d *Dialer) once(ctx context.Context, network, address, service string, ent
 	return c, nil
 }
 
+// talk appraises the server.
+func (d *Dialer) talk(ctx context.Context, raw net.Conn, address, service string, entries []string) (h *handshake, ttl time.Duration, err error) {
+	if d.end.cfg.RATLS != nil {
+		return d.end.dialRATLS(ctx, raw, address, service, entries)
+	}
+	if h, err = d.end.begin(ctx, raw, Client); err == nil {
+		ttl, err = h.dial(ctx, service, entries)
+	}
+	return h, ttl, err
+}
+
+// Channels lists the open ones that d has opened.
+func (d *Dialer) Channels() []*Conn { return d.end.channels() }
+
 // Reappraise is [Listener.Reappraise] for the channels that d has opened.
 func (d *Dialer) Reappraise(ctx context.Context) (denied int) { return d.end.reappraiseAll(ctx) }
-
-// NewTransport makes HTTP requests over channels to a service, whatever host their
-// URLs name: the address is that of the request. Its pool lets many requests share an
-// attestation. URLs must be http: the channel is below.
-func NewTransport(d *Dialer, service string, entries []string) *http.Transport {
-	return &http.Transport{
-		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-			return d.DialContext(ctx, network, address, service, entries)
-		},
-		MaxIdleConns: 64, MaxIdleConnsPerHost: 8, IdleConnTimeout: time.Minute, ResponseHeaderTimeout: time.Minute, MaxResponseHeaderBytes: 64 << 10,
-	}
-}

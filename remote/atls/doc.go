@@ -37,6 +37,11 @@
 // appraised again by today's policy, collateral and time, and the signature covers the
 // live RTMR3, which must still be the evidence's.
 //
+// # dstack's RA-TLS
+//
+// With [RATLS] a Listener or a Dialer speaks to peers that know dstack's certificates
+// only: weaker, and only where a policy entry asks for it in so many words.
+//
 // # What is not covered
 //
 // Evidence is that of the moment of the handshake. A session ends after an hour at

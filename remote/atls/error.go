@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"sync"
 	"time"
 
 	"tdx-agent/remote"
@@ -92,7 +91,7 @@ func codeOf(err error) Code {
 		return CodeBindingMismatch
 	case errors.As(err, new(*reattestError)):
 		return CodeReattest
-	case errors.As(err, new(*busyError)):
+	case errors.As(err, new(waiter)):
 		return CodeBusy
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		return CodeTimeout
@@ -130,55 +129,11 @@ func (e *reattestError) Error() string { return "a quote is needed: " + e.text }
 // busyError says that there is no room.
 type busyError struct{ retryAfter time.Duration }
 
-func (e *busyError) Error() string { return fmt.Sprintf("busy, try again in %v", e.retryAfter) }
+func (e *busyError) Error() string             { return fmt.Sprintf("busy, try again in %v", e.retryAfter) }
+func (e *busyError) RetryAfter() time.Duration { return e.retryAfter }
+
+// waiter is an error that ends by itself: ours, or an Attester's.
+type waiter interface{ RetryAfter() time.Duration }
 
 // ref names a handshake on both ends.
 func ref(transcript [32]byte) string { return hex.EncodeToString(transcript[:8]) }
-
-// Handshake is how one ended, for logs and metrics.
-type Handshake struct {
-	Time     time.Time
-	Duration time.Duration
-	Remote   string // address
-	Role     Role   // ours
-	Service  string
-	Ref      string
-	Step     Step // StepOpen if it succeeded
-	Code     Code
-	Entry    string // the policy entry that accepts the peer, or came closest
-	KeyMode  bool
-	Err      error // the local cause
-}
-
-// maxFailures bounds Failures.
-const maxFailures = 64
-
-// Failures keeps the last 64 handshakes that failed. The zero value is empty. For many
-// goroutines.
-type Failures struct {
-	mu   sync.Mutex
-	list []Handshake
-	next int
-}
-
-// Add keeps h if it failed.
-func (f *Failures) Add(h Handshake) {
-	if h.Code == CodeOK {
-		return
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if len(f.list) < maxFailures {
-		f.list = append(f.list, h)
-		return
-	}
-	f.list[f.next] = h
-	f.next = (f.next + 1) % maxFailures
-}
-
-// List returns them, the oldest first.
-func (f *Failures) List() []Handshake {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return append(append([]Handshake(nil), f.list[f.next:]...), f.list[:f.next]...)
-}

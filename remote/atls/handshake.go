@@ -24,6 +24,9 @@ const (
 	limitTotal        = 45 * time.Second
 )
 
+// maxRetryAfter is the longest that an end tells the other to wait.
+const maxRetryAfter = time.Minute
+
 // handshake is one under way, in one goroutine. Its states follow each other in the
 // order of the steps; whatever does not fit ends it.
 type handshake struct {
@@ -39,12 +42,17 @@ type handshake struct {
 	peer    *Peer
 	policy  *remote.Policy // of the start
 
-	hasQuoted bool // our evidence is a quote
+	hasQuoted  bool // our evidence is a quote
+	isReserved bool // there is a place for the channel; end.mu guards it
+}
+
+func (e *end) newHandshake(ctx context.Context, raw net.Conn, role Role) *handshake {
+	return &handshake{end: e, ctx: ctx, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw), Role: Client + Server - role}, policy: e.cfg.Verifier.Policy()}
 }
 
 // begin makes the TLS connection.
 func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, error) {
-	h := &handshake{end: e, ctx: ctx, role: role, start: time.Now(), step: StepTLS, peer: &Peer{Address: address(raw)}, policy: e.cfg.Verifier.Policy()}
+	h := e.newHandshake(ctx, raw, role)
 	leaf, err := e.certificate()
 	if err != nil {
 		return h, err
@@ -134,7 +142,7 @@ func (h *handshake) read(kind byte, limit int, message any) (frame []byte, err e
 			if code == CodeReattest && h.hasQuoted {
 				code = CodeBadFrame // it has the quote that it asks for, and gets no other
 			}
-			return nil, &Error{Step: h.step, Code: code, Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), 60_000)) * time.Millisecond}
+			return nil, &Error{Step: h.step, Code: code, Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), int(maxRetryAfter/time.Millisecond))) * time.Millisecond}
 		}
 	}
 	return frame, decode(frame, message)
@@ -181,6 +189,14 @@ func (h *handshake) readStatement(mode string) (st *Statement, serverEvidence st
 	return st, e.ServerEvidence, err
 }
 
+// closest is the policy entry that accepts the peer or came closest.
+func (h *handshake) closest(err error) string {
+	if rejection, ok := errors.AsType[*remote.Rejection](err); ok {
+		return rejection.Result.Entry
+	}
+	return h.peer.Entry()
+}
+
 // finish is told of every handshake's end. It answers the peer if that is due.
 func (h *handshake) finish(err error) *Error {
 	code := CodeOK
@@ -190,10 +206,11 @@ func (h *handshake) finish(err error) *Error {
 	failed, isOurs := errors.AsType[*Error](err)
 	if !isOurs && err != nil {
 		failed = &Error{Step: h.step, Code: code, Ref: h.ref, Err: err}
-		if busy, ok := errors.AsType[*busyError](err); ok {
-			failed.RetryAfter = busy.retryAfter
+		var busy waiter
+		if errors.As(err, &busy) {
+			failed.RetryAfter = min(max(busy.RetryAfter(), 0), maxRetryAfter)
 		}
-		if h.conn != nil && h.step != StepTLS {
+		if h.conn != nil && h.step != StepTLS && h.cfg.RATLS == nil {
 			h.refuse(failed)
 		}
 	}
@@ -205,7 +222,7 @@ func (h *handshake) finish(err error) *Error {
 		step = StepOpen
 	}
 	h.cfg.Observe(Handshake{Time: h.start, Duration: time.Since(h.start), Remote: h.peer.Address, Role: h.role, Service: h.peer.Service, Ref: h.ref,
-		Step: step, Code: code, Entry: h.peer.Entry(), KeyMode: h.peer.KeyMode, Err: err})
+		Step: step, Code: code, Entry: h.closest(err), Assurance: h.peer.Assurance(), Err: err})
 	return failed
 }
 
@@ -232,7 +249,7 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 	}
 	mode := h.wants(hello.AgentKey, hello.Modes)
 	switch {
-	case !slices.Contains(hello.Attest, attestSelf) && slices.Contains(l.Unattested, hello.Service):
+	case !slices.Contains(hello.Attest, attestSelf) && h.takesUnattested(l, hello.Service):
 		mode = modeNone
 	case !slices.Contains(hello.Attest, attestSelf) || !slices.Contains(hello.Modes, mode):
 		return 0, &unsupportedError{"the client does not attest, and the service takes no unattested clients"}
@@ -247,9 +264,12 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 	}
 	own := modeQuote
 	if mode != modeNone {
-		if own, err = h.appraiseClient(ctx, mode, &hello); err != nil {
+		if own, err = h.appraiseClient(ctx, mode, &hello, l.Entries[hello.Service]); err != nil {
 			return 0, err
 		}
+	}
+	if !h.reserve(l.MaxConnections) {
+		return 0, &busyError{time.Second}
 	}
 	if err := h.answer(ctx, own, &hello, slots); err != nil {
 		return 0, err
@@ -259,7 +279,7 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 
 // appraiseClient reads and judges the client's evidence, and returns the mode that the
 // client asks of us.
-func (h *handshake) appraiseClient(ctx context.Context, mode string, hello *helloClient) (own string, err error) {
+func (h *handshake) appraiseClient(ctx context.Context, mode string, hello *helloClient, entries []string) (own string, err error) {
 	h.enter(StepWaitEvidence, limitWaitEvidence)
 	st, own, err := h.readStatement(mode)
 	if err != nil {
@@ -270,7 +290,7 @@ func (h *handshake) appraiseClient(ctx context.Context, mode string, hello *hell
 	}
 	h.enter(StepVerify, limitVerify)
 	err = within(ctx, limitVerify, func(ctx context.Context) error {
-		return h.verify(ctx, h.peer, h.of(Client), st, hello.AgentKey, hello.Service, nil)
+		return h.verify(ctx, h.peer, h.of(Client), st, hello.AgentKey, hello.Service, entries)
 	})
 	return own, err
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"tdx-agent/measure"
 	"tdx-agent/remote"
 	"tdx-agent/remote/atls"
 )
@@ -150,7 +152,7 @@ func TestPolicyReplacedMeanwhile(t *testing.T) {
 		t.Error("a channel by the policy of before")
 	}
 	p.listener.Close() // waits for the handshake's end
-	if n := len(p.listener.Peers()); n != 0 {
+	if n := len(p.peers()); n != 0 {
 		t.Errorf("%d peers", n)
 	}
 	if f := p.failures.List(); len(f) != 1 || f[0].Code != atls.CodePolicyDenied || f[0].Step != atls.StepVerify {
@@ -205,7 +207,7 @@ func TestUnreadEvidence(t *testing.T) {
 	p := &pair{server: newMachine(t, "server", true), client: newMachine(t, "client", true)}
 	inner := make(pipes)
 	l, err := atls.NewListener(inner, atls.ListenerConfig{MaxQuotes: 1, Services: []string{"echo"}, Unattested: []string{"echo"},
-		Config: atls.Config{Verifier: verifier(t, p.client.entry("client", "echo", ""), p.client), Attester: p.server.attester(t)}})
+		Config: atls.Config{Verifier: verifier(t, p.client.entry("client", "echo", "allow_unattested_clients = true"), p.client), Attester: p.server.attester(t)}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -287,4 +289,44 @@ func TestClientOf(t *testing.T) {
 	if got, err := atls.ClientOf("@"); err == nil || got != "" {
 		t.Errorf("a Unix socket's client counts as %q, %v", got, err)
 	}
+}
+
+// occupied is an attester whose quotes would come too late.
+type occupied struct{ atls.Attester }
+
+func (occupied) Attest(context.Context, *atls.Session, bool) (*atls.Statement, error) {
+	return nil, fmt.Errorf("atls: quote: %w", &measure.BusyError{Queued: 32, Wait: 1500 * time.Millisecond})
+}
+
+// TestBusy tells the peer when to come again, whichever end has no quote to spare.
+func TestBusy(t *testing.T) {
+	p := newPair(t, "", func(s, _ *atls.Config, _ *atls.ListenerConfig) { s.Attester = occupied{s.Attester} })
+	p.echo(t)
+	_, err := p.dial()
+	if e := wantCode(t, err, atls.CodeBusy, true); e.RetryAfter != 1500*time.Millisecond {
+		t.Errorf("try again in %v, want 1.5s", e.RetryAfter)
+	}
+	p = newPair(t, "", func(_, c *atls.Config, _ *atls.ListenerConfig) { c.Attester = occupied{c.Attester} })
+	p.echo(t)
+	_, err = p.dial()
+	wantCode(t, err, atls.CodeBusy, false)
+	_, err = p.dial()
+	if b, ok := errors.AsType[*atls.BackOffError](err); !ok || time.Until(b.Until) > 1500*time.Millisecond {
+		t.Errorf("got %v, want a back-off of the queue's own length", err)
+	}
+	if f := p.failed(t, 1); f[0].Code != atls.CodeBusy || !f[0].Refused {
+		t.Errorf("the server has kept %+v", f)
+	}
+}
+
+// failed waits until n handshakes have failed at the server: the client knows first.
+func (p *pair) failed(t *testing.T, n int) []atls.Failure {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if list := p.failures.List(); len(list) >= n {
+			return list
+		}
+	}
+	t.Fatalf("the server has kept %+v, want %d failures", p.failures.List(), n)
+	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,7 +20,11 @@ type ListenerConfig struct {
 	Config
 	// Services are the names that clients may ask for. None means that nobody gets in.
 	Services []string
-	// Unattested are the services that take clients which prove nothing.
+	// Entries narrows down which policy entries may accept a client of a service. One
+	// that is not here is for all entries that list the service.
+	Entries map[string][]string
+	// Unattested are the services that take clients which prove nothing, as long as the
+	// policy in force allows it too.
 	Unattested []string
 
 	MaxHandshakes  int // under way at once. Default: 256
@@ -64,8 +69,11 @@ type Listener struct {
 // NewListener accepts channels on inner, which it closes with itself.
 func NewListener(inner net.Listener, cfg ListenerConfig) (*Listener, error) {
 	cfg.complete()
-	if cfg.Attester == nil {
+	if cfg.Attester == nil && cfg.RATLS == nil {
 		return nil, errors.New("atls: a listener needs an Attester")
+	}
+	if err := cfg.checkOneService(); err != nil {
+		return nil, err
 	}
 	e, err := newEnd(cfg.Config)
 	if err != nil {
@@ -128,7 +136,7 @@ func (l *Listener) admit(raw net.Conn) (host string, ok bool) {
 			return host, false
 		}
 	}
-	if l.total >= l.cfg.MaxHandshakes || l.end.count() >= l.cfg.MaxConnections {
+	if l.total >= l.cfg.MaxHandshakes || !l.end.hasRoom(l.cfg.MaxConnections) {
 		return host, false
 	}
 	l.pending[host]++
@@ -160,6 +168,10 @@ func (l *Listener) done(host string) {
 	}
 }
 
+func (e *end) takesUnattested(cfg *ListenerConfig, service string) bool {
+	return slices.Contains(cfg.Unattested, service) && e.cfg.Verifier.Policy().AllowsUnattested(service)
+}
+
 func (l *Listener) handshake(raw net.Conn, host string) {
 	c, err := l.handshaken(raw)
 	l.done(host)
@@ -178,19 +190,27 @@ func (l *Listener) handshaken(raw net.Conn) (*Conn, error) {
 	ctx, cancel := context.WithTimeout(l.ctx, limitTotal)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })()
-	h, err := l.end.begin(ctx, raw, Server)
-	var ttl time.Duration
-	if err == nil {
-		ttl, err = h.serve(ctx, &l.cfg, l.slots)
-	}
+	h, ttl, err := l.talk(ctx, raw)
 	var c *Conn
 	if err == nil {
-		c, err = h.open(ctx, ttl, h.peer.Service, nil)
+		c, err = h.open(ctx, ttl, h.peer.Service, l.cfg.Entries[h.peer.Service])
 	}
+	h.release()
 	if failed := h.finish(err); failed != nil {
 		return nil, failed
 	}
 	return c, nil
+}
+
+// talk appraises the client.
+func (l *Listener) talk(ctx context.Context, raw net.Conn) (h *handshake, ttl time.Duration, err error) {
+	if l.cfg.RATLS != nil {
+		return l.end.serveRATLS(ctx, raw, &l.cfg)
+	}
+	if h, err = l.end.begin(ctx, raw, Server); err == nil {
+		ttl, err = h.serve(ctx, &l.cfg, l.slots)
+	}
+	return h, ttl, err
 }
 
 // Accept returns the next open channel, a *Conn.
@@ -218,14 +238,8 @@ func (l *Listener) Close() error {
 // Addr is the address of the inner listener.
 func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
 
-// Peers lists the peers of open channels.
-func (l *Listener) Peers() []*Peer {
-	var peers []*Peer
-	for _, c := range l.end.channels() {
-		peers = append(peers, c.peer)
-	}
-	return peers
-}
+// Channels lists the open ones.
+func (l *Listener) Channels() []*Conn { return l.end.channels() }
 
 // Reappraise judges the peers of all open channels by the policy of now, as after a
 // reload, and drains the channels of those that are no longer accepted. It returns how

@@ -18,5 +18,6 @@
 //
 // The extensions are those of dstack's ra-tls (v0.5.11), below the arc
 // 1.3.6.1.4.1.62397.1. dstack up to 0.5.8 writes .1 and .2 and reads nothing else;
-// later ones write .8 alone. [Extensions] writes all three.
+// later ones write .8 alone. [Extensions] writes all three. A [Renewer] keeps a
+// certificate of this TD itself current.
 package ratls

@@ -3,6 +3,7 @@ package ratls
 import (
 	"crypto/x509/pkix"
 	"fmt"
+	"slices"
 
 	"tdx-agent/measure"
 )
@@ -10,7 +11,8 @@ import (
 // Extensions returns the extensions that carry ev in the certificate of the key whose
 // DER SubjectPublicKeyInfo is spki: the versioned attestation (.8) and, for verifiers
 // that know nothing else, quote and event log (.1, .2). These know version 1 events
-// only, so a log with a version 2 event travels in .8 alone.
+// only, so a log with a version 2 event travels in .8 alone; so does one that would
+// make a certificate which rustls does not read (60 KiB).
 //
 // The attestation keeps of the boot log what dstack keeps, the three events that
 // measure ACPI tables; the log in .2 is whole, with the payloads of boot events
@@ -40,22 +42,45 @@ func Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extension, error) {
 		if err != nil {
 			return nil, fmt.Errorf("RA-TLS: %w", err)
 		}
-		extensions = append(extensions, wrap(OIDQuote, ev.Quote), wrap(OIDEventLog, log))
+		extensions = append(extensions, wrap(OIDQuote, ev.Quote), wrapOwn(OIDEventLog, log))
 	}
-	extensions = append(extensions, wrap(OIDAttestation, blob))
+	extensions = append(extensions, wrapOwn(OIDAttestation, blob))
 	for _, e := range extensions {
 		if len(e.Value) > maxAttestation {
 			return nil, fmt.Errorf("RA-TLS: extension %v has %d bytes, want at most %d", e.Id, len(e.Value), maxAttestation)
 		}
 	}
+	if size(extensions) > maxReadable {
+		return WithoutLegacy(extensions), nil
+	}
 	return extensions, nil
+}
+
+// WithoutLegacy returns the extensions that are not there for verifiers before dstack
+// 0.5.9: what a certificate carries where legacy_oids is off.
+func WithoutLegacy(extensions []pkix.Extension) []pkix.Extension {
+	return slices.DeleteFunc(slices.Clone(extensions), func(e pkix.Extension) bool { return e.Id.Equal(OIDQuote) || e.Id.Equal(OIDEventLog) })
+}
+
+func size(extensions []pkix.Extension) (n int) {
+	for _, e := range extensions {
+		n += len(e.Value)
+	}
+	return n
 }
 
 // strip returns the events that a certificate keeps.
 func strip(events []measure.Event) []measure.Event {
-	var kept []measure.Event
+	keep := func(e *measure.Event) bool { return e.IMR == measure.RTMR3 || e.MeasuresACPI() }
+	n := 0
 	for i := range events {
-		if e := &events[i]; e.IMR == measure.RTMR3 || e.MeasuresACPI() {
+		if keep(&events[i]) {
+			n++
+		}
+	}
+	kept := make([]measure.Event, 0, n) // events are large: once is enough
+	for i := range events {
+		if e := &events[i]; keep(e) {
 			kept = append(kept, *e)
 		}
 	}

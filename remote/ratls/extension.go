@@ -5,6 +5,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"fmt"
+	"slices"
 
 	"tdx-agent/measure"
 )
@@ -35,6 +36,7 @@ const (
 const (
 	maxAttestation = 256 << 10 // bytes; also of a quote and of a plain log
 	maxUnpackedLog = 16 << 10  // bytes of a log that came compressed
+	maxReadable    = 60 << 10  // bytes of all extensions: rustls and mbed TLS take no handshake message above 64 KiB
 	maxEvents      = 512       // of RTMR3, and again as many of the boot
 	maxUsage       = 64        // bytes
 	maxAppInfo     = 4096      // bytes
@@ -69,24 +71,28 @@ func checkCount(events []measure.Event) error {
 func UsageExtension(usage string) pkix.Extension { return wrap(OIDUsage, []byte(usage)) }
 
 func wrap(id asn1.ObjectIdentifier, content []byte) pkix.Extension {
-	return pkix.Extension{Id: id, Value: appendOctetString(make([]byte, 0, len(content)+5), content)}
+	head := octetString(len(content))
+	return pkix.Extension{Id: id, Value: append(append(make([]byte, 0, len(head)+len(content)), head...), content...)}
 }
 
-// appendOctetString writes DER. The content is within the caps of this package, and
-// so below 2^24 bytes.
-func appendOctetString(b, content []byte) []byte {
-	b = append(b, asn1.TagOctetString)
-	switch n := len(content); {
+// wrapOwn is wrap for content that nobody else has: it is moved, where there is room, and
+// not copied.
+func wrapOwn(id asn1.ObjectIdentifier, content []byte) pkix.Extension {
+	return pkix.Extension{Id: id, Value: slices.Insert(content, 0, octetString(len(content))...)}
+}
+
+// octetString returns what DER writes before a string of n bytes. That is within the caps
+// of this package, and so below 2^24.
+func octetString(n int) []byte {
+	switch {
 	case n < 0x80:
-		b = append(b, byte(n))
+		return []byte{asn1.TagOctetString, byte(n)}
 	case n < 1<<8:
-		b = append(b, 0x81, byte(n))
+		return []byte{asn1.TagOctetString, 0x81, byte(n)}
 	case n < 1<<16:
-		b = append(b, 0x82, byte(n>>8), byte(n))
-	default:
-		b = append(b, 0x83, byte(n>>16), byte(n>>8), byte(n))
+		return []byte{asn1.TagOctetString, 0x82, byte(n >> 8), byte(n)}
 	}
-	return append(b, content...)
+	return []byte{asn1.TagOctetString, 0x83, byte(n >> 16), byte(n >> 8), byte(n)}
 }
 
 // content returns what the extension id holds, at most limit bytes, and whether

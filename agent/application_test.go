@@ -1,0 +1,156 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/BurntSushi/toml"
+	"github.com/google/go-cmp/cmp"
+
+	"tdx-agent/agent/status"
+)
+
+// TestExampleApplication reads the declaration that the example shows as a comment: it
+// must be legal once the line with both ways to name callers is decided, and hold every
+// key there is.
+func TestExampleApplication(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join("..", "agent.toml.example"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, ok := strings.Cut(string(b), "#[[application]]\n")
+	if !ok {
+		t.Fatal("agent.toml.example shows no [[application]]")
+	}
+	var text strings.Builder
+	text.WriteString("[[application]]\n")
+	for line := range strings.Lines(block) {
+		if line = strings.TrimPrefix(line, "#"); !strings.HasPrefix(line, "#") {
+			text.WriteString(line)
+		}
+	}
+	cfg := newConfig()
+	if err := cfg.decode("example", []byte(text.String())); err != nil {
+		t.Fatal(err)
+	}
+	var shown, all map[string][]map[string]any
+	if _, err := toml.Decode(text.String(), &shown); err != nil {
+		t.Fatal(err)
+	}
+	full := ApplicationConfig{Name: "a", Grants: []string{"read"}, UIDs: []uint32{1}, KeyPaths: []string{"a/"}, Events: []string{"a/"}, Limits: defaultLimits()}
+	var every strings.Builder
+	if err := toml.NewEncoder(&every).Encode(map[string]any{"application": []ApplicationConfig{full}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := toml.Decode(every.String(), &all); err != nil {
+		t.Fatal(err)
+	}
+	keys := func(m map[string][]map[string]any) map[string]bool {
+		set := map[string]bool{}
+		for k := range m["application"][0] {
+			set[k] = true
+		}
+		return set
+	}
+	if diff := cmp.Diff(keys(all), keys(shown)); diff != "" {
+		t.Errorf("agent.toml.example lacks a key of [[application]] or has one too many:\n%s", diff)
+	}
+}
+
+func TestBadApplications(t *testing.T) {
+	const good = "allow_any_uid = true\ngrants = [\"read\", \"key\", \"measure\"]\n"
+	many := strings.Repeat("[[application]]\nname = \"a\"\ngrants = [\"read\"]\nallow_any_uid = true\n", 17)
+	large := ""
+	for i := range maxApplications {
+		large += fmt.Sprintf("[[application]]\nname = \"a%d\"\ngrants = [\"key\"]\nallow_any_uid = true\nkey_paths = [%s\"\"]\n", i, strings.Repeat(`"`+strings.Repeat("x", 63)+`/",`, 7))
+	}
+	for _, tc := range []struct{ name, text, want string }{
+		{"no name", "[[application]]\n" + good, "name is \"\""},
+		{"name that leaves its folder", "[[application]]\nname = \"../x\"\n" + good, "name is"},
+		{"long name", "[[application]]\nname = \"" + strings.Repeat("a", 33) + "\"\n" + good, "name is"},
+		{"no grants", "[[application]]\nname = \"a\"\nallow_any_uid = true\n", "grants is empty"},
+		{"unknown grant", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"keys\"]\n", `"keys" is none of read, quote`},
+		{"grant twice", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\", \"read\"]\n", "there twice"},
+		{"raw without quote", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"raw_report_data\"]\n", `nothing without "quote"`},
+		{"nobody may call", "[[application]]\nname = \"a\"\ngrants = [\"read\"]\n", "nobody may call"},
+		{"everybody and somebody", "[[application]]\nname = \"a\"\nuids = [1]\n" + good, "want one of them"},
+		{"prefix that opens others", "[[application]]\nname = \"a\"\nkey_paths = [\"a\"]\n" + good, `would open "a2/x" too`},
+		{"key_paths without key", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nkey_paths = [\"a/\"]\n", `without the grant "key"`},
+		{"events without measure", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nevents = [\"a/\"]\n", `without the grant "measure"`},
+		{"declared twice", "[[application]]\nname = \"a\"\n" + good + "[[application]]\nname = \"a\"\n" + good, "declared twice"},
+		{"unknown key", "[[application]]\nname = \"a\"\nuid = 1\n" + good, `unknown key "application.uid"`},
+		{"limit that lets nothing through", "[limits]\nkey = {per_second = 0.0, burst = 1}\n", "limits.key: per_second is 0"},
+		{"limit of an application without a burst", "[[application]]\nname = \"a\"\nlimits = {quote = {per_second = 1.0}}\n" + good, "limits.quote: per_second is 1 and burst 0"},
+		{"too many", many, "17 applications"},
+		{"more than can be measured", large, "want at most 4096"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			err := newConfig().decode("agent.toml", []byte(tc.text))
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("got %v, want %q in it", err, tc.want)
+			}
+		})
+	}
+}
+
+// TestTightenedGrantsNothingMeasured: what is off when the log cannot show that it was
+// measured must be all of what is measured.
+func TestTightenedGrantsNothingMeasured(t *testing.T) {
+	cfg := newConfig()
+	cfg.OnForeignExtend, cfg.Kernel.AllowEnvOverrides, cfg.Compat.FullAccess = "serve", true, true
+	cfg.Applications = []ApplicationConfig{{Name: "a", Grants: grantNames, AllowAnyUID: true}}
+	before := cfg.agentConfig()
+	tight := *cfg
+	tight.tighten()
+	if got := tight.loosened(); len(got) > 0 {
+		t.Errorf("still loosened: %v", got)
+	}
+	if g := tight.Applications[0].grants(); !g.Read || !g.Quote {
+		t.Errorf("grants are %+v, want read and quote kept", g)
+	}
+	if string(cfg.agentConfig()) != string(before) {
+		t.Error("the original has changed")
+	}
+}
+
+// TestApplicationSocketsFromSystemd: systemd must pass exactly the declared ones.
+func TestApplicationSocketsFromSystemd(t *testing.T) {
+	cfg := newConfig()
+	cfg.Applications = []ApplicationConfig{{Name: "web", Grants: []string{"read"}, AllowAnyUID: true}}
+	for want, names := range map[string][]string{
+		"": {"app-web"},
+		`passed no socket named "app-web"; start the .socket units (of application NAME: tdx-agent-app@NAME.socket)`: {},
+		`passed 1 sockets named "app-other"`: {"app-web", "app-other"},
+		`passed 2 sockets named "app-web"`:   {"app-web", "app-web"},
+	} {
+		passed := map[string][]net.Listener{}
+		for _, name := range append(names, socketDstack, socketTappd, socketAgent, socketAdmin) {
+			l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+			check(t, err)
+			t.Cleanup(func() { l.Close() })
+			passed[name] = append(passed[name], l)
+		}
+		got, err := takeListeners(passed, cfg)
+		if want == "" && (err != nil || got[socketOf("web")] == nil) {
+			t.Errorf("%v: %v", names, err)
+		}
+		if want != "" && (err == nil || !strings.Contains(err.Error(), want) || exitCode(err) != exitConfig) {
+			t.Errorf("%v: %v, want %q", names, err, want)
+		}
+	}
+}
+
+func TestRawReportDataUnderAKeyProvider(t *testing.T) {
+	d := &daemon{access: []status.Access{{Socket: "/s1", Grants: describe((&CompatConfig{RawReportData: true}).grants())},
+		{Socket: "/s2", Grants: describe((&CompatConfig{}).grants())}}}
+	for provider, want := range map[string]int{`{"name":"kms","id":"3059"}`: 1, `{"name":"local-sgx","id":"00"}`: 1, `{"name":"tpm","id":""}`: 0, `{"name":"none","id":""}`: 0, "": 0} {
+		notes := d.rawNotes(provider)
+		if len(notes) != want || want == 1 && !strings.Contains(notes[0], "socket /s1: raw report data equals access to the application's keys") {
+			t.Errorf("%s: %q", provider, notes)
+		}
+	}
+}

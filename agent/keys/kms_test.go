@@ -1,0 +1,598 @@
+package keys_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"tdx-agent/agent/keys"
+	"tdx-agent/agent/keys/kmstest"
+	"tdx-agent/measure"
+	"tdx-agent/measure/tdxsim"
+	"tdx-agent/remote"
+	"tdx-agent/remote/collateral"
+	"tdx-agent/remote/dcap"
+	"tdx-agent/remote/ratls"
+)
+
+var (
+	testTime  = time.Date(2026, 11, 3, 12, 0, 0, 0, time.UTC)
+	testAppID = bytes.Repeat([]byte{0xa1}, 20)
+)
+
+func testNow() time.Time { return testTime }
+
+// machine is a simulated TD that has measured an application.
+type machine struct {
+	td     *tdxsim.TD
+	root   [32]byte
+	events []measure.Event
+}
+
+func newMachine(t testing.TB, seed string, application map[string][]byte, order ...string) *machine {
+	t.Helper()
+	td, err := tdxsim.New(t.TempDir(), tdxsim.Config{Seed: []byte(seed), Now: testNow})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { td.Close() })
+	roots, err := dcap.NewRoots(td.RootPEM())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &machine{td: td, root: roots.Pins()[0]}
+	if m.events, err = measure.ParseCCEL(td.CCEL()); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range order {
+		e, err := measure.NewRuntimeEvent(name, application[name], measure.EventV1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := td.Extend(measure.RTMR3, e.Digest); err != nil {
+			t.Fatal(err)
+		}
+		m.events = append(m.events, e)
+	}
+	return m
+}
+
+// newGuest is a TD that asks for keys, newKMSMachine one that gives them.
+func newGuest(t testing.TB) *machine {
+	return newMachine(t, "guest", map[string][]byte{"app-id": testAppID, "compose-hash": bytes.Repeat([]byte{2}, 32), "instance-id": bytes.Repeat([]byte{3}, 20)},
+		"system-preparing", "app-id", "compose-hash", "instance-id", "boot-mr-done", "system-ready")
+}
+
+func newKMSMachine(t testing.TB, composeHash byte) *machine {
+	return newMachine(t, "kms", map[string][]byte{"app-id": bytes.Repeat([]byte{composeHash}, 20), "compose-hash": bytes.Repeat([]byte{composeHash}, 32), "instance-id": {}},
+		"system-preparing", "app-id", "compose-hash", "instance-id", "boot-mr-done", "system-ready")
+}
+
+// attest makes evidence of the machine.
+func (m *machine) attest(_ context.Context, rd measure.ReportData) (*measure.Evidence, error) {
+	c := m.td.Client()
+	dir, err := c.MkdirTemp("/sys/kernel/config/tsm/report", "*")
+	if err != nil {
+		return nil, err
+	}
+	defer c.RemoveAll(dir)
+	if err := c.WriteFile(dir+"/inblob", rd[:]); err != nil {
+		return nil, err
+	}
+	quote, err := c.ReadFile(dir + "/outblob")
+	if err != nil {
+		return nil, err
+	}
+	return &measure.Evidence{Quote: quote, Events: slices.Clone(m.events), VMConfig: vmConfig}, nil
+}
+
+// mrAggregated is what dstack calls this machine.
+func (m *machine) mrAggregated(t testing.TB) []byte {
+	t.Helper()
+	ev, err := m.attest(t.Context(), measure.ReportData{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	q, err := measure.ParseQuote(ev.Quote)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := measure.MRAggregated(q.Body.Registers)
+	return h[:]
+}
+
+// verifier accepts the machine's platform, with applications of this compose hash.
+func (m *machine) verifier(t testing.TB, composeHash byte) *remote.Verifier {
+	t.Helper()
+	policy, err := remote.ParsePolicy("policy.toml", fmt.Appendf(nil, `version = 1
+[[peer]]
+name = "it"
+root = "sha256:%x"
+allow_simulated = true
+allow_any_image = true
+compose_hash = ["%x"]
+`, m.root, bytes.Repeat([]byte{composeHash}, 32)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundle, err := m.td.Collateral()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "collateral.json")
+	if err := os.WriteFile(path, bundle, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	roots, err := policy.Roots()
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, err := collateral.New(collateral.Config{Roots: roots, Files: []string{path}, Now: testNow})
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := remote.NewVerifier(remote.Config{Policy: policy, Collateral: store, Now: testNow})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// kmsSetup is a guest, a KMS and what the guest knows of it.
+type kmsSetup struct {
+	guest, kmsTD *machine
+	server       *kmstest.Server
+	url          string
+	measured     measure.Identity
+	config       keys.KMSConfig
+}
+
+// newKMSSetup starts a KMS that edit may have broken.
+func newKMSSetup(t testing.TB, edit func(*kmstest.Config)) *kmsSetup {
+	t.Helper()
+	s := &kmsSetup{guest: newGuest(t), kmsTD: newKMSMachine(t, 0x11)}
+	cfg := kmstest.Config{Host: "127.0.0.1", Guests: s.guest.verifier(t, 2), Attest: s.kmsTD.attest, Now: testNow}
+	if edit != nil {
+		edit(&cfg)
+	}
+	var err error
+	if s.server, err = kmstest.New(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.server.Serve(l) }()
+	t.Cleanup(func() { s.server.Close(); <-done })
+	s.url = "https://" + l.Addr().String()
+	s.measured = measure.Identity{AppID: testAppID, KeyProvider: string(measure.KeyProvider{Kind: measure.KeyProviderKMS, ID: s.server.Root()}.Payload()),
+		MRKMS: s.kmsTD.mrAggregated(t), OSImageHash: measure.OSImageHash(vmConfig)}
+	s.config = keys.KMSConfig{URLs: []string{s.url}, Verifier: s.kmsTD.verifier(t, 0x11), Dial: new(net.Dialer).DialContext, Attest: s.guest.attest, VMConfig: vmConfig,
+		Timeout: 20 * time.Second, Now: testNow, Measured: func(context.Context) (*measure.Identity, error) { return &s.measured, nil }}
+	return s
+}
+
+func (s *kmsSetup) kms(t testing.TB) *keys.KMS {
+	t.Helper()
+	k, err := keys.NewKMS(s.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func TestKMSGivesKeys(t *testing.T) {
+	s := newKMSSetup(t, nil)
+	app, err := s.kms(t).App(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer app.Zero()
+	wantKey, wantSignature, err := s.server.AppKey(testAppID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	derived, err := app.Derive("vms", "signing", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The same key from a file gives the same.
+	file, err := keys.ParseAppKeys(mustJSON(t, appKeys(t, hex.EncodeToString(wantKey), hex.EncodeToString(wantSignature))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := file.Derive("vms", "signing", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(derived.Bytes(), want.Bytes()) || !bytes.Equal(derived.Chain[0], want.Chain[0]) || !bytes.Equal(derived.Chain[1], wantSignature) {
+		t.Errorf("key or chain differ: %x, want %x", derived.Chain, want.Chain)
+	}
+	if p := app.Provider(); p.Kind != measure.KeyProviderKMS || !bytes.Equal(p.ID, s.server.Root()) {
+		t.Errorf("provider is %s", p.Payload())
+	}
+	if got := s.server.Requests(); !slices.Equal(got, []string{"GetTempCaCert", "GetAppKey"}) {
+		t.Errorf("requests were %q", got)
+	}
+}
+
+func mustJSON(t testing.TB, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestKMSSignsCertificates(t *testing.T) {
+	s := newKMSSetup(t, nil)
+	app, err := s.kms(t).App(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := app.IssueRandom(t.Context(), keys.CertificateRequest{Now: testTime, Subject: "Zähler", AltNames: []string{"a.example", "10.0.0.1"}, Server: true, RATLS: true, NotBefore: seconds(1000), NotAfter: seconds(4000000000)}, s.guest.attest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain := certificates(t, k)
+	leaf := chain[0]
+	if len(chain) != 3 || leaf.Subject.CommonName != "Zähler" || !slices.Equal(leaf.DNSNames, []string{"a.example"}) || len(leaf.IPAddresses) != 1 || leaf.NotBefore.Unix() != 1000 || leaf.NotAfter.Unix() != 4000000000 ||
+		!slices.Equal(leaf.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}) {
+		t.Errorf("%d certificates; leaf %s %v %v %v", len(chain), leaf.Subject, leaf.DNSNames, leaf.NotAfter, leaf.ExtKeyUsage)
+	}
+	if a, err := ratls.Parse(leaf); err != nil || len(a.Evidence.Quote) == 0 {
+		t.Errorf("the leaf's evidence: %v", err)
+	}
+	roots, between := x509.NewCertPool(), x509.NewCertPool()
+	roots.AddCert(s.server.RootCertificate())
+	between.AddCert(chain[1])
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, DNSName: "a.example", CurrentTime: testTime}); err != nil {
+		t.Error(err)
+	}
+	// A derived key is the same every time, and the KMS certifies it without evidence.
+	one, err := app.IssueDerived(t.Context(), "p", keys.CertificateRequest{Now: testTime}, s.guest.attest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	two, err := app.IssueDerived(t.Context(), "p", keys.CertificateRequest{Now: testTime}, s.guest.attest)
+	if err != nil || !bytes.Equal(one.KeyPEM(), two.KeyPEM()) {
+		t.Errorf("two keys of a path differ (%v)", err)
+	}
+	if _, err := ratls.Parse(certificates(t, one)[0]); !errors.Is(err, ratls.ErrNoAttestation) {
+		t.Errorf("nobody asked for evidence: %v", err)
+	}
+}
+
+// TestKMSRefused has one vector for each way in which a KMS can be wrong: the reason is
+// the named one, no request is sent before it is known unless it lies in an answer, and
+// there are no keys.
+func TestKMSRefused(t *testing.T) {
+	otherKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	swap := func(method, old, new string) func(*kmstest.Config) {
+		return func(c *kmstest.Config) {
+			c.Answer = func(m string, b []byte) []byte {
+				if m == method {
+					return bytes.Replace(b, []byte(old), []byte(new), 1)
+				}
+				return b
+			}
+		}
+	}
+	member := func(name string, value any) func(*kmstest.Config) {
+		return func(c *kmstest.Config) {
+			c.Answer = func(m string, b []byte) []byte {
+				var doc map[string]any
+				if m != "GetAppKey" || json.Unmarshal(b, &doc) != nil {
+					return b
+				}
+				doc[name] = value
+				b, _ = json.Marshal(doc)
+				return b
+			}
+		}
+	}
+	drop := func(oids ...string) func(*kmstest.Config) {
+		return func(c *kmstest.Config) {
+			c.EditCertificate = func(cert *x509.Certificate) {
+				kept := cert.ExtraExtensions[:0:0]
+				for _, e := range cert.ExtraExtensions {
+					if !slices.Contains(oids, e.Id.String()) {
+						kept = append(kept, e)
+					}
+				}
+				cert.ExtraExtensions = kept
+			}
+		}
+	}
+	const oid = "1.3.6.1.4.1.62397.1."
+	for name, c := range map[string]struct {
+		edit     func(*kmstest.Config)
+		guest    func(*kmsSetup)
+		reason   string
+		words    string
+		requests int // that the server saw
+	}{
+		"another root key":       {nil, func(s *kmsSetup) { s.measured.KeyProvider = providerOf(t, &otherKey.PublicKey) }, keys.KMSRootKey, "not signed by the root key that this boot has measured", 0},
+		"another signer":         {func(c *kmstest.Config) { c.Signer = otherKey }, nil, keys.KMSRootKey, "not signed by the root key", 0},
+		"no usage":               {drop(oid + "4"), nil, keys.KMSCertificate, `is for "" (authority: false), want "kms:rpc"`, 0},
+		"an application's usage": {func(c *kmstest.Config) { c.EditCertificate = usage(ratls.UsageApp) }, nil, keys.KMSCertificate, `is for "app:custom"`, 0},
+		"an authority": {func(c *kmstest.Config) {
+			c.EditCertificate = func(cert *x509.Certificate) { cert.IsCA, cert.BasicConstraintsValid = true, true }
+		}, nil, keys.KMSCertificate, "authority: true", 0},
+		"another name": {func(c *kmstest.Config) {
+			c.EditCertificate = func(cert *x509.Certificate) { cert.IPAddresses = []net.IP{net.IPv4(10, 0, 0, 1)} }
+		}, nil, keys.KMSCertificate, "127.0.0.1", 0},
+		"out of date": {func(c *kmstest.Config) {
+			c.EditCertificate = func(cert *x509.Certificate) { cert.NotAfter = testTime.Add(-time.Hour) }
+		}, nil, keys.KMSCertificate, "is good from", 0},
+		"no attestation":      {drop(oid+"1", oid+"2", oid+"8"), nil, keys.KMSAttestation, "no dstack attestation", 0},
+		"half an attestation": {drop(oid+"2", oid+"8"), nil, keys.KMSAttestation, "want both", 0},
+		"evidence of another key": {func(c *kmstest.Config) { c.AttestKey = &otherKey.PublicKey }, nil, keys.KMSAttestation,
+			"bound to another key", 0},
+		"another application": {func(c *kmstest.Config) { c.Attest = newKMSMachine(t, 0x12).attest }, nil, keys.KMSPolicy, "compose hash", 0},
+		"another platform":    {func(c *kmstest.Config) { c.Attest = newMachine(t, "elsewhere", nil).attest }, nil, keys.KMSPolicy, "not genuine", 0},
+		"another mr-kms":      {nil, func(s *kmsSetup) { s.measured.MRKMS = make([]byte, 32) }, keys.KMSMeasurement, "mr-kms 0000", 0},
+		"we are not accepted": {func(c *kmstest.Config) { c.Guests = newGuest(t).verifier(t, 9) }, nil, keys.KMSDenied, "App not allowed", 2},
+		"an answer too large": {swap("GetAppKey", "{", "{\"x\":\""+strings.Repeat("a", 300<<10)+"\","), nil, keys.KMSAnswer, "more than 262144 bytes", 2},
+		"an authority too large": {swap("GetTempCaCert", "{", "{\"x\":\""+strings.Repeat("a", 300<<10)+"\","), nil, keys.KMSAnswer,
+			"more than 262144 bytes", 1},
+		"no JSON":              {swap("GetAppKey", "{", "["), nil, keys.KMSAnswer, "not valid JSON", 2},
+		"a member twice":       {swap("GetAppKey", "{", `{"k256_key":"00",`), nil, keys.KMSAnswer, "there twice", 2},
+		"a short key":          {member("k256_key", strings.Repeat("5a", 31)), nil, keys.KMSAnswer, "k256_key: 31 bytes, want 32", 2},
+		"a long key":           {member("k256_key", strings.Repeat("5a", 33)), nil, keys.KMSAnswer, "k256_key: 66 digits", 2},
+		"a key of zeros":       {member("k256_key", strings.Repeat("00", 32)), nil, keys.KMSAnswer, "not the scalar", 2},
+		"a key that is none":   {member("k256_key", strings.Repeat("5x", 32)), nil, keys.KMSAnswer, "hexadecimal", 2},
+		"a key that is a list": {member("k256_key", []int{1}), nil, keys.KMSAnswer, "k256_key: want a string", 2},
+		"no signature":         {member("k256_signature", ""), nil, keys.KMSAnswer, "k256_signature: 0 bytes, want 65", 2},
+		"a short disk key":     {member("disk_crypt_key", "5a5a"), nil, keys.KMSAnswer, "disk_crypt_key: 2 bytes, want 32", 2},
+		"no environment key":   {member("env_crypt_key", ""), nil, keys.KMSAnswer, "env_crypt_key: 0 bytes, want 32", 2},
+		"another image":        {member("os_image_hash", strings.Repeat("cd", 32)), nil, keys.KMSAnswer, "os_image_hash is cdcd", 2},
+		"another root":         {member("ca_cert", otherRoot(t, otherKey)), nil, keys.KMSAnswer, "ca_cert: it is not an authority's certificate of the root key", 2},
+		"no root":              {member("ca_cert", ""), nil, keys.KMSAnswer, "ca_cert: want one CERTIFICATE", 2},
+		"no authority":         {swap("GetTempCaCert", "temp_ca_key", "temp_ca_kex"), nil, keys.KMSAnswer, "temp_ca_key", 1},
+		"it refuses our certificate": {func(c *kmstest.Config) {
+			c.Clients = x509.NewCertPool()
+			c.Clients.AddCert(&x509.Certificate{Raw: []byte{1}, RawSubject: []byte{2}})
+		}, nil, keys.KMSDenied, "refuse our certificate", 1},
+		"it leaves early": {func(c *kmstest.Config) {
+			c.Delay = func(*http.Request) { panic(http.ErrAbortHandler) }
+		}, nil, keys.KMSUnreachable, "GetTempCaCert", 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newKMSSetup(t, c.edit)
+			if c.guest != nil {
+				c.guest(s)
+			}
+			app, err := s.kms(t).App(t.Context())
+			var fault *keys.KMSError
+			if app != nil || !errors.As(err, &fault) || fault.Reason != c.reason || !strings.Contains(err.Error(), c.words) || fault.URL != s.url {
+				t.Fatalf("keys: %v, error: %v, want %s and %q", app != nil, err, c.reason, c.words)
+			}
+			if got := s.server.Requests(); len(got) != c.requests {
+				t.Errorf("the server saw %q, want %d requests", got, c.requests)
+			}
+			if strings.Contains(err.Error(), "5a5a5a") {
+				t.Errorf("the error shows a key: %v", err)
+			}
+		})
+	}
+}
+
+func providerOf(t *testing.T, key *ecdsa.PublicKey) string {
+	t.Helper()
+	spki, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(measure.KeyProvider{Kind: measure.KeyProviderKMS, ID: spki}.Payload())
+}
+
+// usage replaces the certificate's usage.
+func usage(text string) func(*x509.Certificate) {
+	return func(cert *x509.Certificate) {
+		cert.ExtraExtensions[len(cert.ExtraExtensions)-1] = ratls.UsageExtension(text)
+	}
+}
+
+func otherRoot(t *testing.T, key *ecdsa.PrivateKey) string {
+	t.Helper()
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: testTime.Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}
+
+// TestKMSThatWaits has servers that never answer, at three places.
+func TestKMSThatWaits(t *testing.T) {
+	held := make(chan struct{})
+	t.Cleanup(func() { close(held) })
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // takes connections, and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { silent.Close() })
+	for name, c := range map[string]func(*kmsSetup){
+		"no TLS":        func(s *kmsSetup) { s.config.URLs = []string{"https://" + silent.Addr().String()} },
+		"no answer":     func(*kmsSetup) {},
+		"no connection": func(s *kmsSetup) { s.config.Dial = waitingDial },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newKMSSetup(t, func(cfg *kmstest.Config) {
+				cfg.Delay = func(r *http.Request) {
+					select {
+					case <-held:
+					case <-r.Context().Done():
+					}
+				}
+			})
+			c(s)
+			s.config.Timeout = 200 * time.Millisecond
+			_, err := s.kms(t).App(t.Context())
+			var fault *keys.KMSError
+			if !errors.As(err, &fault) || fault.Reason != keys.KMSUnreachable || !strings.Contains(err.Error(), "no answer within 200ms") || !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("error is %v", err)
+			}
+		})
+	}
+}
+
+func waitingDial(ctx context.Context, _, _ string) (net.Conn, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// TestKMSReplicas asks the second when the first cannot be had, and says of each what was
+// wrong.
+func TestKMSReplicas(t *testing.T) {
+	s := newKMSSetup(t, nil)
+	dead, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.Close()
+	gone := "https://" + dead.Addr().String()
+	s.config.URLs = []string{gone, s.url}
+	if _, err := s.kms(t).App(t.Context()); err != nil {
+		t.Error(err)
+	}
+	other := newKMSSetup(t, nil) // a KMS of its own, with its own keys
+	s.config.URLs = []string{gone, other.url}
+	_, err = s.kms(t).App(t.Context())
+	if err == nil || !strings.Contains(err.Error(), gone+": unreachable") || !strings.Contains(err.Error(), other.url+": root_key") || strings.Contains(err.Error(), "\n") {
+		t.Errorf("error is %v", err)
+	}
+	if got := other.server.Requests(); len(got) != 0 {
+		t.Errorf("a stranger was asked %q", got)
+	}
+}
+
+func TestKMSWantsAMeasuredBoot(t *testing.T) {
+	s := newKMSSetup(t, nil)
+	for words, id := range map[string]func() (*measure.Identity, error){
+		"not yet": func() (*measure.Identity, error) { return nil, errors.New("not yet") },
+		`key provider "none"`: func() (*measure.Identity, error) {
+			return &measure.Identity{KeyProvider: `{"name":"none","id":""}`}, nil
+		},
+		"is no public key": func() (*measure.Identity, error) {
+			return &measure.Identity{KeyProvider: `{"name":"kms","id":"00"}`}, nil
+		},
+		"key provider: unexpected": func() (*measure.Identity, error) { return &measure.Identity{}, nil },
+	} {
+		s.config.Measured = func(context.Context) (*measure.Identity, error) { return id() }
+		if _, err := s.kms(t).App(t.Context()); err == nil || !strings.Contains(err.Error(), words) {
+			t.Errorf("error is %v, want %q", err, words)
+		}
+	}
+	if got := s.server.Requests(); len(got) != 0 {
+		t.Errorf("it was asked %q", got)
+	}
+}
+
+func TestKMSURLs(t *testing.T) {
+	for text, ok := range map[string]bool{
+		"https://kms.example": true, "https://kms.example:8000/x": true, "https://[::1]:1": true,
+		"http://kms.example": false, "kms.example": false, "https://": false, "https://a@b": false, "https://a?b": false, "https://a#b": false, "https:a": false, "\x00": false,
+	} {
+		if _, err := keys.CheckKMSURL(text); (err == nil) != ok {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	if _, err := keys.NewKMS(keys.KMSConfig{}); err == nil {
+		t.Error("an empty configuration is accepted")
+	}
+}
+
+// TestKMSChain has chains that are not the ones asked for.
+func TestKMSChain(t *testing.T) {
+	other := newKMSSetup(t, nil)
+	otherApp, err := other.kms(t).App(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign, err := otherApp.IssueRandom(t.Context(), keys.CertificateRequest{}, other.guest.attest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		change func(list []string) []string
+		words  string
+	}{
+		"short":           {func(l []string) []string { return l[:2] }, "2 certificates, want 3"},
+		"another KMS's":   {func([]string) []string { return foreign.Chain }, "the root is not the key"},
+		"another's leaf":  {func(l []string) []string { return []string{foreign.Chain[0], l[1], l[2]} }, "of another key than the one"},
+		"no PEM":          {func(l []string) []string { return []string{"x", l[1], l[2]} }, "element 0 is no certificate"},
+		"other authority": {func(l []string) []string { return []string{l[0], foreign.Chain[1], l[2]} }, "the first certificate is not signed by the second"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newKMSSetup(t, func(cfg *kmstest.Config) {
+				cfg.Answer = func(method string, b []byte) []byte {
+					var doc map[string][]string
+					if method != "SignCert" || json.Unmarshal(b, &doc) != nil {
+						return b
+					}
+					doc["certificate_chain"] = c.change(doc["certificate_chain"])
+					b, _ = json.Marshal(doc)
+					return b
+				}
+			})
+			app, err := s.kms(t).App(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = app.IssueRandom(t.Context(), keys.CertificateRequest{}, s.guest.attest)
+			var fault *keys.KMSError
+			if !errors.As(err, &fault) || fault.Reason != keys.KMSAnswer || !strings.Contains(err.Error(), c.words) {
+				t.Errorf("error is %v, want %q", err, c.words)
+			}
+		})
+	}
+}
+
+// TestKMSPrintsNothing looks for the key in whatever can be printed of a KMS and what it
+// gave.
+func TestKMSPrintsNothing(t *testing.T) {
+	s := newKMSSetup(t, nil)
+	k := s.kms(t)
+	app, err := k.App(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, _, err := s.server.AppKey(testAppID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	slog.New(slog.NewTextHandler(&out, nil)).Info("x", "app", app, "kms", k)
+	fmt.Fprintf(&out, "%v %+v %#v %x", app, k, k, app)
+	for _, secret := range []string{hex.EncodeToString(key), string(key), fmt.Sprint(key)[1:40]} {
+		if strings.Contains(out.String(), secret) {
+			t.Errorf("the key is printed")
+		}
+	}
+}

@@ -1,0 +1,206 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"tdx-agent/agent/status"
+	"tdx-agent/measure"
+	"tdx-agent/remote"
+	"tdx-agent/remote/atls"
+)
+
+// Processes that have channels each say what they know of them on a socket of their own
+// in the runtime directory's folder "peers": they face the network, so the agent asks
+// them nothing and decides nothing by what they say. The commands peers and status read
+// these sockets for whoever runs them.
+
+// Schemas of this API. They only ever grow.
+const (
+	peerSchema     = "tdx-agent/peer/v1"
+	failuresSchema = "tdx-agent/attest-failures/v1"
+)
+
+// peerReport is what a process knows of its channels.
+type peerReport struct {
+	name     string
+	started  time.Time
+	verifier *remote.Verifier
+	channels func() []*atls.Conn
+
+	failures atls.Failures
+	metrics  channelMetrics
+}
+
+func newPeerReport() *peerReport {
+	return &peerReport{started: time.Now().UTC(), metrics: newChannelMetrics()}
+}
+
+// observe counts a handshake and keeps it if it failed.
+func (r *peerReport) observe(h atls.Handshake) {
+	r.metrics.observe(&h)
+	r.failures.Add(h)
+}
+
+// maxPeerSockets bounds the processes of one runtime directory.
+const maxPeerSockets = 16
+
+// start answers on a socket until ctx ends. given is its path, "none" for no socket, ""
+// for the first that is free in the runtime directory; where that cannot be had, the
+// process goes on without.
+func (r *peerReport) start(ctx context.Context, group *errgroup.Group, g *globals, log *slog.Logger, name, given string, v *remote.Verifier, channels func() []*atls.Conn) error {
+	if given == "none" {
+		return nil
+	}
+	r.name, r.verifier, r.channels = name, v, channels
+	l, err := listenPeers(g, name, given)
+	if err != nil {
+		if given != "" {
+			return err
+		}
+		log.Warn("tdx-agent peers and status will not show these channels", "error", err)
+		return nil
+	}
+	s := newHTTPServer(r.handler())
+	group.Go(func() error {
+		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("socket %s: %w", l.Addr(), err)
+		}
+		return nil
+	})
+	group.Go(func() error {
+		<-ctx.Done()
+		return s.Close()
+	})
+	return nil
+}
+
+func listenPeers(g *globals, name, given string) (net.Listener, error) {
+	if given != "" {
+		return listenUnix(given, 0o660)
+	}
+	dir, err := clientRuntimeDir(g.runtimeDir)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(dir.peers(), 0o750); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, err // the runtime directory itself is the agent's to make
+	}
+	var l net.Listener
+	for n := 1; n <= maxPeerSockets; n++ {
+		file := name
+		if n > 1 {
+			file = fmt.Sprintf("%s-%d", name, n)
+		}
+		if l, err = listenUnix(dir.peerSocket(file), 0o660); err == nil {
+			return l, nil
+		}
+	}
+	return nil, err
+}
+
+func (r *peerReport) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/peers", func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, r.document()) })
+	mux.HandleFunc("GET /v1/peers/{ref}", func(w http.ResponseWriter, req *http.Request) {
+		for _, p := range r.document().Processes[0].Peers {
+			if p.Ref == req.PathValue("ref") {
+				reply(w, http.StatusOK, struct {
+					Schema string `json:"schema"`
+					status.Peer
+				}{peerSchema, p})
+				return
+			}
+		}
+		http.Error(w, "no open channel has this ref", http.StatusNotFound)
+	})
+	mux.HandleFunc("GET /v1/attest-failures", func(w http.ResponseWriter, _ *http.Request) {
+		reply(w, http.StatusOK, struct {
+			Schema   string               `json:"schema"`
+			Failures []status.PeerFailure `json:"failures"`
+		}{failuresSchema, r.failed()})
+	})
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, req *http.Request) { r.exposition().ServeHTTP(w, req) })
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	return mux
+}
+
+// document is the whole report.
+func (r *peerReport) document() *status.Peers {
+	accepted, refused := r.metrics.accepted.Load(), r.metrics.refused.Load()
+	p := status.PeerProcess{Name: r.name, PID: os.Getpid(), Started: r.started, Policy: r.verifier.Policy().ID, Generation: r.verifier.Generation(),
+		Accepted: int(accepted), Refused: int(refused), Peers: []status.Peer{}, Failures: r.failed()}
+	for _, c := range r.channels() {
+		p.Peers = append(p.Peers, peerOf(c))
+	}
+	slices.SortFunc(p.Peers, func(a, b status.Peer) int { return a.Opened.Compare(b.Opened) })
+	return &status.Peers{Schema: status.PeersSchema, Processes: []status.PeerProcess{p}}
+}
+
+// directionOf is "in" if our part is the server's.
+func directionOf(own atls.Role) string {
+	if own == atls.Server {
+		return "in"
+	}
+	return "out"
+}
+
+func peerOf(c *atls.Conn) status.Peer {
+	of := c.Peer()
+	p := status.Peer{Ref: of.Ref, Direction: "in", Address: of.Address, Service: of.Service, Assurance: of.Assurance(), Entry: of.Entry(), Simulated: of.Attested() && of.Result.IsSimulated(),
+		Advisories: []string{}, VerifiedAt: of.VerifiedAt.UTC(), Opened: of.Opened.UTC(), Expires: of.Expires.UTC(), Draining: c.IsDraining()}
+	if of.Role == atls.Server {
+		p.Direction = "out"
+	}
+	p.BytesIn, p.BytesOut = c.Bytes()
+	if !of.Attested() {
+		return p
+	}
+	p.Policy, p.AgentKey = of.Result.Policy, hex.EncodeToString(of.AgentKey[:])
+	if of.Result.Image != nil {
+		p.Image = of.Result.Image.Name
+	}
+	proven(&p, of.Result)
+	return p
+}
+
+// proven fills in what the peer's evidence proves, by an appraisal that accepted it.
+func proven(p *status.Peer, r *remote.Result) {
+	c := r.Claims
+	if id, err := r.Identity(); err == nil {
+		p.AppID, p.InstanceID, p.ComposeHash = hex.EncodeToString(id.AppID), hex.EncodeToString(id.InstanceID), hex.EncodeToString(id.ComposeHash)
+		if kp, err := measure.ParseKeyProvider([]byte(id.KeyProvider)); err == nil {
+			p.KeyProvider = string(kp.Kind)
+		}
+	}
+	p.MRTD = c.Quote.Body.MRTD.String()
+	if c.Report != nil {
+		p.QuoteSHA256, p.TCBStatus = hex.EncodeToString(c.Report.QuoteSHA256[:]), string(c.Report.Merged.Status)
+		p.Advisories = append(p.Advisories, c.Report.Merged.Advisories...)
+	}
+}
+
+// failed lists the failures, the latest first.
+func (r *peerReport) failed() []status.PeerFailure {
+	list := []status.PeerFailure{}
+	for _, f := range r.failures.List() {
+		checks := []status.FailedCheck{}
+		for _, c := range f.Checks {
+			checks = append(checks, status.FailedCheck{Name: c.Name, Code: c.Code, Got: c.Got, Want: c.Want, Hint: c.Hint})
+		}
+		list = append(list, status.PeerFailure{Time: f.Time.UTC(), Millis: f.Duration.Milliseconds(), Direction: directionOf(f.Role), Address: f.Remote, Service: f.Service,
+			Ref: f.Ref, Step: string(f.Step), Code: string(f.Code), ByPeer: f.Refused, Entry: f.Entry, Error: f.Text, Checks: checks})
+	}
+	slices.Reverse(list)
+	return list
+}

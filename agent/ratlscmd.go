@@ -1,0 +1,49 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"net/url"
+	"time"
+
+	"tdx-agent/measure"
+	"tdx-agent/remote/atls"
+	"tdx-agent/remote/ratls"
+)
+
+const ratlsUsage = "speak dstack's RA-TLS instead of tdx-atls/1, with peers that know nothing else. Weaker: certificates can be relayed and do not age. Our own agent needs ratls.endpoint = true, the policy require = \"certificate\""
+
+// ratlsEnd is an end's part of RA-TLS. The Renewer is nil for one that shows no
+// certificate.
+func ratlsEnd(ctx context.Context, g *globals, log *slog.Logger, isAttested bool) (*atls.RATLS, *ratls.Renewer, error) {
+	log.Warn("RA-TLS is weaker than channels (tdx-atls/1): a certificate can be relayed and does not age", "assurance", "certificate")
+	if !isAttested {
+		return &atls.RATLS{}, nil, nil
+	}
+	cfg, err := loadConfig(g.config)
+	if err != nil {
+		return nil, nil, err
+	}
+	dir, err := clientRuntimeDir(g.runtimeDir)
+	if err != nil {
+		return nil, nil, err
+	}
+	attester := &certificateAttester{dir.channelSocket()}
+	if err := attester.probe(ctx); err != nil {
+		return nil, nil, err
+	}
+	r, err := ratls.NewRenewer(ratls.RenewerConfig{Attester: attester, OmitLegacyOIDs: !cfg.RATLS.LegacyOIDs, Server: true, Client: true, Logger: log})
+	if err != nil {
+		return nil, nil, err
+	}
+	return &atls.RATLS{Certificate: r.Certificate}, r, nil
+}
+
+// probe asks for what costs nothing, so that an agent which is not there or gives no
+// such evidence is found out at once.
+func (a *certificateAttester) probe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var answer changedReply
+	return callJSON(ctx, a.socket, "/v1/changed?"+url.Values{"rtmr3": {measure.Digest{}.String()}}.Encode(), &answer)
+}

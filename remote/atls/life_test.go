@@ -1,0 +1,217 @@
+package atls_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"tdx-agent/remote"
+	"tdx-agent/remote/atls"
+)
+
+// TestMaxConnections has as many channels as there may be, whatever number of
+// handshakes is under way at once: a client that finds no room is told so, and costs no
+// quote.
+func TestMaxConnections(t *testing.T) {
+	held, goOn := make(chan struct{}, 8), make(chan struct{})
+	p := newPair(t, "", func(_, _ *atls.Config, l *atls.ListenerConfig) { l.MaxConnections = 2 })
+	p.echo(t)
+	results := make(chan error, 3)
+	for range 3 {
+		m := newMachine(t, "client", true)
+		d, err := atls.NewDialer(atls.Config{Verifier: verifier(t, p.server.entry("server", "other", ""), p.server), Attester: pausing{m.attester(t), held, goOn}}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			_, err := d.DialContext(t.Context(), "tcp", p.address, "echo", []string{"server"})
+			results <- err
+		}()
+	}
+	for range 3 {
+		<-held // all are in their handshakes, none is open
+	}
+	close(goOn)
+	refused := 0
+	for range 3 {
+		if err := <-results; err != nil {
+			wantCode(t, err, atls.CodeBusy, true)
+			refused++
+		}
+	}
+	p.until(t, 2)
+	if n := p.server.quoted(); refused != 1 || n != 2 {
+		t.Errorf("%d clients refused, %d quotes, want 1 and 2", refused, n)
+	}
+	for _, c := range p.listener.Channels() {
+		c.Close()
+	}
+	p.mustDial(t) // places are given back
+}
+
+// until waits until the server has n channels open: the client knows first.
+func (p *pair) until(t *testing.T, n int) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); len(p.peers()) != n; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d channels are open, want %d", len(p.peers()), n)
+		}
+	}
+}
+
+// pausing makes statements when it is told to, and says that it was asked.
+type pausing struct {
+	atls.Attester
+	held chan<- struct{}
+	goOn <-chan struct{}
+}
+
+func (p pausing) Attest(ctx context.Context, s *atls.Session, keyMode bool) (*atls.Statement, error) {
+	p.held <- struct{}{}
+	<-p.goOn
+	return p.Attester.Attest(ctx, s, keyMode)
+}
+
+// TestDeniedIsCut does not let a denied peer stay for the whole drain of a session.
+func TestDeniedIsCut(t *testing.T) {
+	var v *remote.Verifier
+	p := newPair(t, "", func(s, _ *atls.Config, _ *atls.ListenerConfig) { v, s.DeniedDrain = s.Verifier, 100*time.Millisecond })
+	p.echo(t)
+	c := p.mustDial(t)
+	p.until(t, 1)
+	server := p.listener.Channels()[0]
+	server.Drain() // its session has ended, and it has 10 minutes
+	deny(t, v, p.client, p.client.entry("client", "another", ""))
+	start := time.Now()
+	if n := p.listener.Reappraise(t.Context()); n != 1 {
+		t.Fatalf("%d peers denied, want 1", n)
+	}
+	if !server.IsDraining() {
+		t.Error("the channel of a denied peer goes on")
+	}
+	c.SetDeadline(time.Now().Add(time.Minute))
+	if _, err := c.Read(make([]byte, 1)); err != io.EOF || time.Since(start) > 30*time.Second {
+		t.Errorf("a denied peer is cut after %v (%v)", time.Since(start), err)
+	}
+}
+
+// TestTransportDrains has requests over a channel whose session ends: the one under way
+// gets its answer, and the next one has a channel of its own.
+func TestTransportDrains(t *testing.T) {
+	p := newPair(t, "")
+	begun, goOn := make(chan struct{}, 4), make(chan struct{}, 4)
+	server := &http.Server{ConnContext: atls.ConnContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		peer, _ := atls.PeerFromRequest(r)
+		begun <- struct{}{}
+		<-goOn
+		fmt.Fprint(w, peer.Ref)
+	})}
+	go server.Serve(p.listener)
+	t.Cleanup(func() { server.Close() })
+	transport := atls.NewTransport(p.dialer, "echo", []string{"server"})
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport, Timeout: 20 * time.Second}
+	ask := func() string {
+		resp, err := client.Get("http://" + p.address + "/")
+		if err != nil {
+			t.Error(err)
+			return ""
+		}
+		b, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil {
+			t.Error(err)
+		}
+		return string(b)
+	}
+	goOn <- struct{}{}
+	first := ask()
+	<-begun
+	second := make(chan string)
+	go func() { second <- ask() }()
+	<-begun
+	mine := p.dialer.Channels()
+	if len(mine) != 1 {
+		t.Fatalf("%d channels for two requests", len(mine))
+	}
+	mine[0].Drain()
+	goOn <- struct{}{}
+	if got := <-second; got != first {
+		t.Errorf("the request under way: %q, want an answer over %s", got, first)
+	}
+	goOn <- struct{}{}
+	if got := ask(); got == first || got == "" {
+		t.Errorf("the request after the session: %q, want another channel than %s", got, first)
+	}
+	// one that is idle when its session ends
+	mine = p.dialer.Channels()
+	if len(mine) != 1 || mine[0].IsDraining() {
+		t.Fatalf("%d channels", len(mine))
+	}
+	third := mine[0].Peer().Ref
+	mine[0].Drain()
+	goOn <- struct{}{}
+	if got := ask(); got == third || got == "" {
+		t.Errorf("after an idle channel's session: %q, want another channel than %s", got, third)
+	}
+}
+
+// TestFailures keeps what failed and not the evidence, however long it is.
+func TestFailures(t *testing.T) {
+	p := &pair{server: newMachine(t, "server", true), client: newMachine(t, "client", true)}
+	newPairOf(t, p, "", func(s, _ *atls.Config, _ *atls.ListenerConfig) {
+		s.Verifier = verifier(t, p.client.entry("client", "another", ""), p.client)
+	})
+	p.echo(t)
+	_, err := p.dial()
+	e := wantCode(t, err, atls.CodePolicyDenied, true)
+	p.listener.Close()
+	list := p.failures.List()
+	if len(list) != 1 {
+		t.Fatalf("%d failures", len(list))
+	}
+	f := list[0]
+	if f.Ref != e.Ref || f.Step != atls.StepVerify || f.Entry != "client" || f.Role != atls.Server || f.Service != "echo" || f.Refused || f.Err != nil {
+		t.Errorf("kept %+v", f)
+	}
+	if len(f.Checks) != 1 || f.Checks[0].Name != "service" || f.Checks[0].Got != "echo" || !strings.Contains(f.Checks[0].Want, "another") {
+		t.Errorf("the failed checks are %+v", f.Checks)
+	}
+	var all atls.Failures
+	var group sync.WaitGroup
+	for i := range 200 {
+		group.Go(func() {
+			all.Add(atls.Handshake{Code: atls.CodeBadFrame, Err: fmt.Errorf("%d %s", i, strings.Repeat("ä", 5000))})
+			all.Add(atls.Handshake{Code: atls.CodeOK})
+		})
+	}
+	group.Wait()
+	if list = all.List(); len(list) != 64 {
+		t.Errorf("%d failures are kept", len(list))
+	}
+	for _, f := range list {
+		if len(f.Text) > 1024 || !strings.HasSuffix(f.Text, "ä...") {
+			t.Errorf("the text has %d bytes and ends in %q", len(f.Text), f.Text[len(f.Text)-5:])
+		}
+	}
+}
+
+// TestBytes counts what an application has sent and got.
+func TestBytes(t *testing.T) {
+	p := newPair(t, "")
+	p.echo(t)
+	c := p.mustDial(t)
+	roundTrip(t, c, "hello")
+	if in, out := c.Bytes(); in != 5 || out != 5 {
+		t.Errorf("%d bytes read, %d written, want 5 each", in, out)
+	}
+	peer := c.Peer()
+	if peer.Role != atls.Server || peer.Assurance() != "quote" || time.Since(peer.VerifiedAt) > time.Minute || peer.Evidence() == nil {
+		t.Errorf("the peer is %+v", peer)
+	}
+}
