@@ -60,9 +60,12 @@ type channelReply struct {
 	VMConfig  string          `json:"vm_config,omitempty"`
 }
 
-// channelKeyReply is the hash of the agent key.
+// channelKeyReply is the hash of the agent key, whether the TD is a simulated one, and what
+// is loosened by a configuration that this boot has measured.
 type channelKeyReply struct {
-	AgentKey []byte `json:"agent_key_sha256"`
+	AgentKey  []byte         `json:"agent_key_sha256"`
+	Simulated bool           `json:"simulated"`
+	Loosened  map[string]any `json:"loosened,omitempty"`
 }
 
 func (d *daemon) channelHandler() http.Handler {
@@ -73,7 +76,7 @@ func (d *daemon) channelHandler() http.Handler {
 			return
 		}
 		hash := d.channel.AgentKey()
-		reply(w, http.StatusOK, channelKeyReply{hash[:]})
+		reply(w, http.StatusOK, channelKeyReply{hash[:], d.backend.simulated, d.cfg.loosened()})
 	})
 	d.certificateRoutes(mux)
 	mux.HandleFunc("POST /v1/attest", func(w http.ResponseWriter, r *http.Request) {
@@ -146,8 +149,10 @@ func (req *channelRequest) session() (*atls.Session, error) {
 // channelAttester asks the agent of this TD for channel evidence. It implements
 // atls.Attester.
 type channelAttester struct {
-	socket string
-	key    [32]byte
+	socket   string
+	key      [32]byte
+	isReal   bool
+	loosened map[string]any
 }
 
 func newChannelAttester(ctx context.Context, dir runtimeDir) (*channelAttester, error) {
@@ -158,7 +163,7 @@ func newChannelAttester(ctx context.Context, dir runtimeDir) (*channelAttester, 
 	if len(answer.AgentKey) != 32 {
 		return nil, fmt.Errorf("the agent's key has a hash of %d bytes, want 32", len(answer.AgentKey))
 	}
-	return &channelAttester{dir.channelSocket(), [32]byte(answer.AgentKey)}, nil
+	return &channelAttester{dir.channelSocket(), [32]byte(answer.AgentKey), !answer.Simulated, answer.Loosened}, nil
 }
 
 // AgentKey implements atls.Attester.

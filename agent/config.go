@@ -23,16 +23,20 @@ const (
 // Config is agent.toml. agent.toml.example documents every key; a test holds the
 // two together.
 type Config struct {
-	OnForeignExtend string        `toml:"on_foreign_extend"` // "refuse" or "serve"
-	Kernel          KernelConfig  `toml:"kernel"`
-	Boot            BootConfig    `toml:"boot"`
-	Sockets         SocketsConfig `toml:"sockets"`
-	Compat          CompatConfig  `toml:"compat"`
-	Egress          EgressConfig  `toml:"egress"`
-	RATLS           RATLSConfig   `toml:"ratls"`
-	Limits          LimitsConfig  `toml:"limits"`
-	Worker          WorkerConfig  `toml:"worker"`
-	Keys            KeysConfig    `toml:"keys"`
+	OnForeignExtend string         `toml:"on_foreign_extend"` // "refuse" or "serve"
+	Kernel          KernelConfig   `toml:"kernel"`
+	Boot            BootConfig     `toml:"boot"`
+	Sockets         SocketsConfig  `toml:"sockets"`
+	Compat          CompatConfig   `toml:"compat"`
+	Egress          EgressConfig   `toml:"egress"`
+	Endpoint        EndpointConfig `toml:"endpoint"`
+	RATLS           RATLSConfig    `toml:"ratls"`
+	Limits          LimitsConfig   `toml:"limits"`
+	Worker          WorkerConfig   `toml:"worker"`
+	Keys            KeysConfig     `toml:"keys"`
+
+	Services []ServiceConfig `toml:"service"`
+	Connects []ConnectConfig `toml:"connect"`
 
 	Applications []ApplicationConfig `toml:"application"`
 }
@@ -83,6 +87,7 @@ func newConfig() *Config {
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
 		Keys:            KeysConfig{KMS: KMSConfig{URLs: []string{}, Collateral: []string{}, PCCS: []string{}, Timeout: time.Minute}},
 		Egress:          newEgressConfig(),
+		Endpoint:        newEndpointConfig(),
 		RATLS:           newRATLSConfig(),
 	}
 }
@@ -144,6 +149,7 @@ func (c *Config) check() error {
 	}
 	for _, check := range []func() error{
 		c.Egress.check,
+		c.checkChannels,
 		c.Limits.check,
 		func() error { return checkApplications(c.Applications) },
 		c.Worker.check,
@@ -172,6 +178,7 @@ func (c *Config) loosened() map[string]any {
 	if c.Compat.FullAccess {
 		m["compat.full_access"] = true
 	}
+	c.loosenedServices(m)
 	if c.RATLS.Endpoint {
 		m["ratls.endpoint"] = true
 	}
@@ -187,6 +194,7 @@ func (c *Config) tighten() {
 	c.OnForeignExtend = def.OnForeignExtend
 	c.Kernel.AllowEnvOverrides = def.Kernel.AllowEnvOverrides
 	c.Compat.FullAccess = def.Compat.FullAccess
+	c.Services = tightServices(c.Services)
 	c.RATLS.Endpoint = def.RATLS.Endpoint
 	c.Applications = tightened(c.Applications)
 }

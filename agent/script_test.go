@@ -48,6 +48,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("XDG_RUNTIME_DIR", "")
 			env.Setenv("SIMDIR", filepath.Base(string(simulatedDir())))
 			env.Setenv("FIXTURES", fixtures())
+			env.Setenv("DEBIAN", os.Getenv("TDX_AGENT_DEBIAN"))
 			env.Setenv("NL", "\n")
 			return nil
 		},
@@ -55,6 +56,8 @@ func TestScripts(t *testing.T) {
 			switch cond {
 			case "tdx":
 				return tsm.Present(tsm.Paths{}), nil
+			case "debian":
+				return os.Getenv("TDX_AGENT_DEBIAN") != "", nil
 			case "fixtures":
 				_, err := os.Stat(fixtures())
 				return err == nil, nil
@@ -75,6 +78,7 @@ func TestScripts(t *testing.T) {
 			"exits":         scriptExits,
 			"free-address":  scriptFreeAddress,
 			"webserver":     scriptWebServer,
+			"expand":        scriptExpand,
 			"hangup":        scriptHangup,
 			"waitline":      scriptWaitLine,
 			"sink":          scriptSink,
