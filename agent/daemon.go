@@ -45,10 +45,10 @@ type daemon struct {
 
 	mu        sync.Mutex // guards what follows
 	info      guestapi.Info
-	infoOf    infoKey // what info was made from
-	diverged  string  // the last problem reported, so that each is logged once
-	unwritten string  // the same, of the audit record
-	appCert   string  // PEM chain, "" while there is none
+	infoOf    infoKey    // what info was made from
+	diverged  string     // the last problem reported, so that each is logged once
+	auditHead audit.Head // the last reported
+	appCert   string     // PEM chain, "" while there is none
 
 	uncertified string // why there is no appCert; the background's alone
 }

@@ -84,6 +84,7 @@ func (d *daemon) exposition(ctx context.Context) *status.Exposition {
 	d.exposeQuotes(e, &s.Quotes)
 	e.Counter("api_requests_total", "Calls to the sockets of applications, by method and HTTP status.", d.metrics.calls.Samples()...)
 	e.Gauge("audit_writable", "Whether the audit record can be written; only then are keys given.", status.Flag(s.Audit.Problem == ""))
+	e.Gauge("audit_untouched", "Whether nobody else was found to have changed the audit record since the agent started.", status.Flag(s.Audit.Damage == ""))
 	e.Counter("audit_lines_total", "Lines in the chain of the audit record.", status.Value(float64(s.Audit.Seq)))
 	return e
 }

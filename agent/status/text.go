@@ -107,6 +107,9 @@ func (s *Status) writeAudit(b *strings.Builder) {
 	if s.Audit.Problem != "" {
 		fmt.Fprintf(b, "  PROBLEM the audit record cannot be written, so keys are not given; %d lines are lost: %s\n", s.Audit.Lost, s.Audit.Problem)
 	}
+	if s.Audit.Damage != "" {
+		fmt.Fprintf(b, "  PROBLEM somebody else has changed the audit record; log audit says what is left of it: %s\n", s.Audit.Damage)
+	}
 }
 
 func (s *Status) writeProblems(b *strings.Builder) {
