@@ -35,7 +35,7 @@ type daemon struct {
 	attester *measure.Attester
 	files    *measure.GuestFiles // nil: no application files
 	keys     *appKeys
-	audit    *audit.Log        // nil: it could not be opened
+	audit    *audit.Log        // nil: it is not or could not be opened
 	refusals *guestapi.Limiter // of lines in it
 	access   []status.Access
 	cloud    [2]string // DMI vendor and product
@@ -95,7 +95,6 @@ func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *
 	if err := d.checkMeasured(s); err != nil {
 		return nil, err
 	}
-	d.openAudit()
 	return d, nil
 }
 
