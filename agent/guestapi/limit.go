@@ -32,8 +32,8 @@ func (r Rate) Check() error {
 // Rates are the buckets that every caller has, by [Class].
 type Rates [classes]Rate
 
-// Limiter counts the calls of every caller, a user in a control group, by class. It may
-// serve several Servers, whose callers then have one account.
+// Limiter counts the calls of every caller, a container or a user in a control group, by
+// class. It may serve several Servers, whose callers then have one account.
 type Limiter struct {
 	rates Rates
 	now   func() time.Time
