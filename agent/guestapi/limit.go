@@ -21,10 +21,10 @@ type Rate struct {
 	Burst     int     `toml:"burst"`
 }
 
-// Check reports whether the bucket ever lets a call through.
+// Check reports whether the bucket lets a call through in less than two weeks.
 func (r Rate) Check() error {
-	if !(r.PerSecond > 0 && r.PerSecond <= 1e6) || r.Burst < 1 || r.Burst > 1e6 {
-		return fmt.Errorf("per_second is %v and burst %d, want more than 0 and at least 1, and neither more than 1000000", r.PerSecond, r.Burst)
+	if !(r.PerSecond >= 1e-6 && r.PerSecond <= 1e6) || r.Burst < 1 || r.Burst > 1e6 {
+		return fmt.Errorf("per_second is %v and burst %d, want at least 0.000001 and 1, and neither more than 1000000", r.PerSecond, r.Burst)
 	}
 	return nil
 }
