@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/measure/tdxsim"
@@ -281,8 +282,13 @@ func TestAbandonedRequestLeavesTheQueue(t *testing.T) {
 	if err := <-gone; !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want canceled", err)
 	}
-	if n := g.Stats().Queued; n != 0 {
-		t.Errorf("%d requests are queued, want none", n)
+	if s := g.Stats(); s.Queued != 0 || s.Failed != 0 || s.LastError != "" {
+		t.Errorf("%d requests are queued and %d have failed (%q), want none: the host has done nothing wrong", s.Queued, s.Failed, s.LastError)
+	}
+	late, cancel := context.WithDeadline(t.Context(), time.Now().Add(-time.Second)) // whereas who waits in vain is a failure
+	defer cancel()
+	if _, err := g.Evidence(late, measure.ReportData{3}, "c"); err == nil || g.Stats().Failed != 1 {
+		t.Errorf("got %v, and %d have failed, want 1", err, g.Stats().Failed)
 	}
 	close(release)
 	<-done
