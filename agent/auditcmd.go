@@ -110,6 +110,9 @@ func verifyAudit(cmd *cobra.Command, dir string, ask func() (status.Audit, error
 	var before, after status.Audit
 	if ask != nil {
 		before, err = ask()
+		if err == nil && before.Head == "" {
+			err = errors.New(before.Problem) // it has no record, and does not write this one
+		}
 		if asked = err == nil; !asked {
 			fmt.Fprintf(cmd.ErrOrStderr(), "the head was compared with nothing: %v\n", err)
 		}
