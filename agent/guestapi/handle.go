@@ -80,8 +80,12 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		peer = &peerConn{}
 	}
 	name, ok := s.route(r.URL)
+	crowded := s.pace(r.Context())
 	var answer response
 	switch {
+	case crowded != nil:
+		o := outcomeOf(crowded)
+		answer = o.answer(encodingOf(r))
 	case !ok:
 		answer = s.notFound()
 	case r.Method != http.MethodGet && r.Method != http.MethodPost:
