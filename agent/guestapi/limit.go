@@ -109,7 +109,8 @@ func (l *Limiter) account(key accountKey) *account {
 	return a
 }
 
-// limit counts the call, if there is a limit. Methods that are not known count as reads.
+// limit counts the call, if there is a limit. Methods and paths that are not known count as
+// reads.
 func (s *Server) limit(c *call, class Class) error {
 	if s.cfg.Limits == nil {
 		return nil

@@ -117,3 +117,18 @@ func TestPaceIsOfAllCallers(t *testing.T) {
 		}
 	}
 }
+
+// TestWhatIsNotThereIsLimited: a path that is not there, and an HTTP method that nothing
+// takes, are calls all the same.
+func TestWhatIsNotThereIsLimited(t *testing.T) {
+	for _, call := range []struct{ method, path string }{{http.MethodGet, "/a/b"}, {http.MethodPost, "/Nothing"}, {http.MethodPut, "/Version"}} {
+		s := NewServer(Config{Surface: Dstack, Limits: NewLimiter(equalRates(Rate{PerSecond: 1e-3, Burst: 1}))})
+		for i, want := range []bool{false, true} {
+			w := httptest.NewRecorder()
+			s.handle(w, httptest.NewRequest(call.method, call.path, nil))
+			if (w.Code == http.StatusTooManyRequests) != want {
+				t.Errorf("call %d of %v: status %d", i, call, w.Code)
+			}
+		}
+	}
+}
