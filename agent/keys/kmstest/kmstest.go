@@ -235,7 +235,7 @@ func (s *Server) dhSecret(context string) (string, error) {
 func (s *Server) guest(ctx context.Context, ev *measure.Evidence, rd measure.ReportData) (*measure.Identity, error) {
 	r, err := s.cfg.Guests.Appraise(ctx, ev, remote.Expect{ReportData: rd})
 	if err != nil {
-		return nil, fmt.Errorf("App not allowed: %w", err)
+		return nil, fmt.Errorf("app not allowed: %w", err)
 	}
 	return &r.Claims.Identity, nil
 }
