@@ -362,6 +362,8 @@ func TestKMSRefused(t *testing.T) {
 		"out of date": {func(c *kmstest.Config) {
 			c.EditCertificate = func(cert *x509.Certificate) { cert.NotAfter = testTime.Add(-time.Hour) }
 		}, nil, keys.KMSCertificate, "is good from", 0},
+		"a replayed certificate": {func(c *kmstest.Config) { c.Key = otherKey }, nil, keys.KMSCertificate,
+			"whose key it does not have", 0},
 		"no attestation":      {drop(oid+"1", oid+"2", oid+"8"), nil, keys.KMSAttestation, "no dstack attestation", 0},
 		"half an attestation": {drop(oid+"2", oid+"8"), nil, keys.KMSAttestation, "want both", 0},
 		"evidence of another key": {func(c *kmstest.Config) { c.AttestKey = &otherKey.PublicKey }, nil, keys.KMSAttestation,
