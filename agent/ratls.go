@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"tdx-agent/agent/guestapi"
 	"tdx-agent/measure"
 	"tdx-agent/remote/ratls"
 )
@@ -63,7 +64,9 @@ type changedReply struct {
 func (d *daemon) certificateRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("POST /v1/certificate-evidence", func(w http.ResponseWriter, r *http.Request) {
 		extendDeadlines(w, quoteWait)
+		start := time.Now()
 		answer, err := d.attestCertificate(r)
+		d.recordRequest(r, socketChannel, guestapi.Record{Method: "certificate-evidence", Class: guestapi.ClassQuote, Took: time.Since(start)}, err)
 		if err != nil {
 			d.report(err)
 			replyError(w, err)
