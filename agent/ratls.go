@@ -55,9 +55,11 @@ type certificateReply struct {
 	VMConfig string          `json:"vm_config"`
 }
 
-// changedReply says whether RTMR3 or the vm_config are others than were asked about.
+// changedReply says whether RTMR3 or the vm_config are others than were asked about, and
+// whether the TD is a simulated one.
 type changedReply struct {
-	Changed bool `json:"changed"`
+	Changed   bool `json:"changed"`
+	Simulated bool `json:"simulated"`
 }
 
 // certificateRoutes adds what RA-TLS certificates need to channel.sock.
@@ -85,7 +87,7 @@ func (d *daemon) certificateRoutes(mux *http.ServeMux) {
 			replyError(w, err)
 			return
 		}
-		reply(w, http.StatusOK, changedReply{changed})
+		reply(w, http.StatusOK, changedReply{changed, d.backend.simulated})
 	})
 }
 

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"time"
 
@@ -30,14 +31,17 @@ func (e *CertificateError) Unwrap() error { return e.Err }
 // policy that accepts them. The errors are those of Appraise and a [*CertificateError].
 func (v *Verifier) AppraiseCertificate(ctx context.Context, chain []*x509.Certificate, x Expect) (*Result, *ratls.Attested, error) {
 	at := v.cfg.Now()
-	if err := ratls.CheckLeaf(chain, at); err != nil {
-		return nil, nil, &CertificateError{err}
+	if len(chain) == 0 {
+		return nil, nil, &CertificateError{errors.New("remote: the peer shows no certificate")}
 	}
 	generation := v.Generation()
 	key := newLeafKey(chain[0], generation, &x)
 	isKept := x.Compose == nil && x.MRConfig == "" && len(chain[0].Raw) <= maxLeaf
-	if known, ok := v.leaves.Get(key); ok && isKept && at.Sub(known.at).Abs() < maxLeafAge {
+	if known, ok := v.leaves.Get(key); ok && isKept && at.Sub(known.at).Abs() < maxLeafAge && !at.After(chain[0].NotAfter) && !at.Before(chain[0].NotBefore) {
 		return known.result, known.attested, nil
+	}
+	if err := ratls.CheckLeaf(chain, at); err != nil {
+		return nil, nil, &CertificateError{err}
 	}
 	a, err := ratls.Parse(chain[0])
 	if err != nil {

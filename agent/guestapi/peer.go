@@ -20,6 +20,7 @@ type peerConn struct {
 	net.Conn
 	caller  Caller
 	release func()
+	head    head // of its first request; the reader's alone
 }
 
 func (c *peerConn) Close() error {
