@@ -135,7 +135,8 @@ func (h *handshake) handshakeRATLS(ctx context.Context, cfg *tls.Config, entries
 		return 0, nil
 	}
 	h.step = StepVerify
-	h.peer.Result, h.peer.Certificate, h.peer.evidence, h.peer.reportData = proven.Result, true, proven.evidence, proven.reportData
+	h.peer.Result, h.peer.Certificate = proven.Result, true
+	h.peer.evidence, h.peer.reportData, h.peer.life = proven.evidence, proven.reportData, proven.life
 	return max(state.PeerCertificates[0].NotAfter.Sub(h.cfg.Now()), time.Second), nil
 }
 
@@ -158,6 +159,6 @@ func (h *handshake) appraiseChain(ctx context.Context, p *Peer, chain []*x509.Ce
 	if err != nil {
 		return err
 	}
-	p.Result, p.evidence, p.reportData = r, a.Evidence, a.ReportData
+	p.Result, p.evidence, p.reportData, p.life = r, a.Evidence, a.ReportData, chain[0].NotAfter.Sub(chain[0].NotBefore)
 	return nil
 }

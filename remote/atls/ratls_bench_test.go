@@ -46,16 +46,6 @@ func BenchmarkRATLS(b *testing.B) {
 	})
 }
 
-func echoAll(l net.Listener) {
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return
-		}
-		go func() { io.Copy(c, c); c.Close() }()
-	}
-}
-
 func oneByte(b *testing.B, c net.Conn) {
 	if _, err := c.Write([]byte{1}); err != nil {
 		b.Fatal(err)
