@@ -465,3 +465,21 @@ func TestRATLSLifetime(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestRATLSZeroAgentKey has a server that has measured the agent key which a certificate
+// lacks, 32 zeros, and a policy that demands a measured one.
+func TestRATLSZeroAgentKey(t *testing.T) {
+	zeros := func(*machine) []byte { return make([]byte, 32) }
+	p := &pair{server: bootMachine(t, "server", zeros), client: newMachine(t, "client", false)}
+	newPairOf(t, p, weak, func(s, c *atls.Config, _ *atls.ListenerConfig) {
+		s.Attester, s.RATLS = nil, &atls.RATLS{Certificate: p.server.certificate(t)}
+		c.Attester, c.RATLS = nil, &atls.RATLS{Certificate: p.client.certificate(t)}
+		c.Verifier = verifier(t, p.server.entry("server", "other", `require = "certificate"`), p.server)
+	})
+	p.echo(t)
+	_, err := p.dial()
+	wantCode(t, err, atls.CodePolicyDenied, false)
+	if !strings.Contains(err.Error(), "agent key: got a certificate, which no agent key has signed") {
+		t.Error(err)
+	}
+}
