@@ -40,6 +40,10 @@ func TestCertificateKeys(t *testing.T) {
 	if _, err := parseP256SPKI(strings.ToUpper(good)); err != nil {
 		t.Error(err)
 	}
+	last := "00"
+	if strings.HasSuffix(good, last) {
+		last = "01"
+	}
 	for name, c := range map[string]struct{ text, words string }{
 		"nothing":             {"", "asn1"},
 		"no hexadecimal":      {"zz", "in hexadecimal"},
@@ -47,7 +51,7 @@ func TestCertificateKeys(t *testing.T) {
 		"another kind":        {der(edwards), "want a P-256 key"},
 		"trailing byte":       {good + "00", "trailing data"},
 		"cut":                 {good[:len(good)-2], "asn1"},
-		"point off curve":     {good[:len(good)-2] + "00", "not on curve"},
+		"point off curve":     {good[:len(good)-2] + last, "not on curve"},
 		"raw report data":     {strings.Repeat("00", 64), "asn1"},
 		"long form of length": {"308159" + good[4:], "asn1"},
 	} {
