@@ -105,6 +105,9 @@ func TestIdentityHeaders(t *testing.T) {
 			if diff := cmp.Diff(want, identityIn(request)); diff != "" {
 				t.Errorf("the back end sees others than what is proven:\n%s\nin\n%s", diff, request)
 			}
+			if strings.Contains(request, "\r\nTrailer:") {
+				t.Errorf("the back end is told of trailers:\n%s", request)
+			}
 			if strings.Contains(request, "Upgrade") || strings.Contains(request, "h2c") {
 				t.Errorf("the back end may switch protocols:\n%s", request)
 			}
