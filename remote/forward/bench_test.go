@@ -45,7 +45,9 @@ func BenchmarkEgress(b *testing.B) {
 	defer os.Remove(socket)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- forward.NewEgress(forward.EgressConfig{Allow: []forward.Destination{d}}).Serve(ctx, egress) }()
+	go func() {
+		done <- forward.NewEgress(forward.EgressConfig{Allow: []forward.Destination{d}}).Serve(ctx, egress)
+	}()
 	defer func() { cancel(); <-done }()
 
 	ways := []struct {
