@@ -22,9 +22,11 @@ import (
 )
 
 // selfMade is a TLS certificate as anybody can make one.
-func selfMade(t testing.TB) tls.Certificate {
+func selfMade(t testing.TB) tls.Certificate { return selfMadeOf(t, elliptic.P256()) }
+
+func selfMadeOf(t testing.TB, curve elliptic.Curve) tls.Certificate {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := ecdsa.GenerateKey(curve, rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
