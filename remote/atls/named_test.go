@@ -8,7 +8,7 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net"
@@ -299,48 +299,54 @@ func (p *pair) byHand(t *testing.T) *handMade {
 	t.Helper()
 	cfg := tlsOf(t)
 	h := &handMade{Conn: p.stranger(t, cfg), key: p.client.attester(t)}
+	if err := h.greet(cfg); err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+// greet exchanges hellos.
+func (h *handMade) greet(cfg *tls.Config) error {
 	hash := h.key.AgentKey()
-	frameC := makeFrame(1, hello(`"agent_key":"`+zeros32+`"`, `"agent_key":`+jsonBytes(t, hash[:])))
-	h.Write(frameC)
+	frameC := makeFrame(1, hello(`"agent_key":"`+zeros32+`"`, `"agent_key":"`+base64.StdEncoding.EncodeToString(hash[:])+`"`))
+	if _, err := h.Write(frameC); err != nil {
+		return err
+	}
 	frameS, err := takeFrame(h)
 	if err != nil || frameS[0] != 2 {
-		t.Fatalf("got %s, %v", frameS, err)
+		return fmt.Errorf("got %s, %v", frameS, err)
 	}
 	leaf, err := x509.ParseCertificate(cfg.Certificates[0].Certificate[0])
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	state := h.ConnectionState()
 	h.session = atls.Session{Role: atls.Client, Transcript: atls.Transcript(frameC, frameS), ClientKey: sha256.Sum256(leaf.RawSubjectPublicKeyInfo),
 		ServerKey: sha256.Sum256(state.PeerCertificates[0].RawSubjectPublicKeyInfo)}
 	ekm, err := state.ExportKeyingMaterial("EXPORTER-tdx-atls-v1", h.session.Transcript[:], 32)
-	if err != nil {
-		t.Fatal(err)
+	if err == nil {
+		h.session.Exporter = [32]byte(ekm)
 	}
-	h.session.Exporter = [32]byte(ekm)
-	return h
-}
-
-func jsonBytes(t *testing.T, b []byte) string {
-	text, err := json.Marshal(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(text)
+	return err
 }
 
 // evidence is the client's EVIDENCE frame.
 func (h *handMade) evidence(t *testing.T) []byte {
 	t.Helper()
-	st, err := h.key.Attest(t.Context(), &h.session, false)
+	frame, err := h.attest(t.Context())
 	if err != nil {
 		t.Fatal(err)
+	}
+	return frame
+}
+
+func (h *handMade) attest(ctx context.Context) ([]byte, error) {
+	st, err := h.key.Attest(ctx, &h.session, false)
+	if err != nil {
+		return nil, err
 	}
 	body, err := atls.EncodeStatement(st, "quote")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return makeFrame(3, string(body))
+	return makeFrame(3, string(body)), err
 }
 
 // accepted sends evidence, and wants the server's and its RESULT ok.
