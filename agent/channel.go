@@ -61,9 +61,12 @@ type channelReply struct {
 	VMConfig  string          `json:"vm_config,omitempty"`
 }
 
-// channelKeyReply is the hash of the agent key.
+// channelKeyReply is the hash of the agent key, whether the TD is a simulated one, and what
+// is loosened by a configuration that this boot has measured.
 type channelKeyReply struct {
-	AgentKey []byte `json:"agent_key_sha256"`
+	AgentKey  []byte         `json:"agent_key_sha256"`
+	Simulated bool           `json:"simulated"`
+	Loosened  map[string]any `json:"loosened,omitempty"`
 }
 
 func (d *daemon) channelHandler() http.Handler {
@@ -74,7 +77,7 @@ func (d *daemon) channelHandler() http.Handler {
 			return
 		}
 		hash := d.channel.AgentKey()
-		reply(w, http.StatusOK, channelKeyReply{hash[:]})
+		reply(w, http.StatusOK, channelKeyReply{hash[:], d.backend.simulated, d.cfg.loosened()})
 	})
 	d.certificateRoutes(mux)
 	mux.HandleFunc("POST /v1/attest", func(w http.ResponseWriter, r *http.Request) {
@@ -147,9 +150,11 @@ func (req *channelRequest) session() (*atls.Session, error) {
 // channelAttester asks the agent of this TD for channel evidence. It implements
 // atls.Attester.
 type channelAttester struct {
-	socket string
-	key    [32]byte
-	client *http.Client // keeps connections: a signature costs less than a new one
+	socket   string
+	key      [32]byte
+	isReal   bool
+	loosened map[string]any
+	client   *http.Client // keeps connections: a signature costs less than a new one
 
 	mu     sync.Mutex // guards what follows
 	text   string     // of the last event log
@@ -181,7 +186,7 @@ func newChannelAttester(ctx context.Context, dir runtimeDir) (*channelAttester, 
 	if len(answer.AgentKey) != 32 {
 		return nil, fmt.Errorf("the agent's key has a hash of %d bytes, want 32", len(answer.AgentKey))
 	}
-	return &channelAttester{socket: dir.channelSocket(), key: [32]byte(answer.AgentKey),
+	return &channelAttester{socket: dir.channelSocket(), key: [32]byte(answer.AgentKey), isReal: !answer.Simulated, loosened: answer.Loosened,
 		client: &http.Client{Transport: &http.Transport{DialContext: dialUnix(dir.channelSocket()), MaxIdleConnsPerHost: 8, IdleConnTimeout: channelIdle}}}, nil
 }
 

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/remote/tomlfile"
@@ -23,16 +22,20 @@ const (
 // Config is agent.toml. agent.toml.example documents every key; a test holds the
 // two together.
 type Config struct {
-	OnForeignExtend string        `toml:"on_foreign_extend"` // "refuse" or "serve"
-	Kernel          KernelConfig  `toml:"kernel"`
-	Boot            BootConfig    `toml:"boot"`
-	Sockets         SocketsConfig `toml:"sockets"`
-	Compat          CompatConfig  `toml:"compat"`
-	Egress          EgressConfig  `toml:"egress"`
-	RATLS           RATLSConfig   `toml:"ratls"`
-	Limits          LimitsConfig  `toml:"limits"`
-	Worker          WorkerConfig  `toml:"worker"`
-	Keys            KeysConfig    `toml:"keys"`
+	OnForeignExtend string         `toml:"on_foreign_extend"` // "refuse" or "serve"
+	Kernel          KernelConfig   `toml:"kernel"`
+	Boot            BootConfig     `toml:"boot"`
+	Sockets         SocketsConfig  `toml:"sockets"`
+	Compat          CompatConfig   `toml:"compat"`
+	Egress          EgressConfig   `toml:"egress"`
+	Endpoint        EndpointConfig `toml:"endpoint"`
+	RATLS           RATLSConfig    `toml:"ratls"`
+	Limits          LimitsConfig   `toml:"limits"`
+	Worker          WorkerConfig   `toml:"worker"`
+	Keys            KeysConfig     `toml:"keys"`
+
+	Services []ServiceConfig `toml:"service"`
+	Connects []ConnectConfig `toml:"connect"`
 
 	Applications []ApplicationConfig `toml:"application"`
 }
@@ -81,8 +84,9 @@ func newConfig() *Config {
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
 		Limits:          defaultLimits(),
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
-		Keys:            KeysConfig{KMS: KMSConfig{URLs: []string{}, Collateral: []string{}, PCCS: []string{}, Timeout: time.Minute}},
+		Keys:            newKeysConfig(),
 		Egress:          newEgressConfig(),
+		Endpoint:        newEndpointConfig(),
 		RATLS:           newRATLSConfig(),
 	}
 }
@@ -144,10 +148,11 @@ func (c *Config) check() error {
 	}
 	for _, check := range []func() error{
 		c.Egress.check,
+		c.checkChannels,
 		c.Limits.check,
 		func() error { return checkApplications(c.Applications) },
 		c.Worker.check,
-		c.Keys.KMS.check,
+		c.Keys.check,
 	} {
 		if err := check(); err != nil {
 			return err
@@ -172,12 +177,14 @@ func (c *Config) loosened() map[string]any {
 	if c.Compat.FullAccess {
 		m["compat.full_access"] = true
 	}
+	c.loosenedServices(m)
 	if c.RATLS.Endpoint {
 		m["ratls.endpoint"] = true
 	}
 	for i := range c.Applications {
 		c.Applications[i].loosened(m)
 	}
+	c.Keys.loosened(m)
 	return m
 }
 
@@ -187,7 +194,9 @@ func (c *Config) tighten() {
 	c.OnForeignExtend = def.OnForeignExtend
 	c.Kernel.AllowEnvOverrides = def.Kernel.AllowEnvOverrides
 	c.Compat.FullAccess = def.Compat.FullAccess
+	c.Services = tightServices(c.Services)
 	c.RATLS.Endpoint = def.RATLS.Endpoint
+	c.Keys.Local.TCBStatus = def.Keys.Local.TCBStatus
 	c.Applications = tightened(c.Applications)
 }
 

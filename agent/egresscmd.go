@@ -5,10 +5,14 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/url"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"tdx-agent/remote/collateral"
 	"tdx-agent/remote/forward"
 )
 
@@ -32,14 +36,46 @@ func (c *EgressConfig) check() error {
 	return nil
 }
 
-// destinations are those of [egress] allow. They were checked.
-func (c *EgressConfig) destinations() (all []forward.Destination) {
-	for _, s := range c.Allow {
-		if d, err := forward.ParseDestination(s); err == nil {
+// destinations are where egress may connect to, sorted: those of [egress] allow, and what
+// the rest of the file asks for by itself.
+func (c *Config) destinations() (all []forward.Destination) {
+	list := slices.Clone(c.Egress.Allow)
+	for i := range c.Services {
+		list = append(list, c.Services[i].Backend) // a unix: one is none of egress's
+	}
+	for i := range c.Connects {
+		list = append(list, c.Connects[i].Address)
+	}
+	urls := slices.Concat(c.Endpoint.PCCS, c.Keys.KMS.URLs, c.Keys.KMS.PCCS)
+	e, kms := &c.Endpoint, &c.Keys.KMS
+	if e.Policy != "" && len(e.PCCS)+len(e.Collateral) == 0 || kms.Policy != "" && len(kms.PCCS)+len(kms.Collateral) == 0 {
+		urls = append(urls, collateral.IntelURLs()...)
+	}
+	for _, base := range urls {
+		list = append(list, hostOf(base))
+	}
+	seen := map[forward.Destination]bool{}
+	for _, s := range list {
+		if d, err := forward.ParseDestination(s); err == nil && !seen[d] {
+			seen[d] = true
 			all = append(all, d)
 		}
 	}
+	slices.SortFunc(all, func(a, b forward.Destination) int { return strings.Compare(a.String(), b.String()) })
 	return all
+}
+
+// hostOf is HOST:PORT of a URL.
+func hostOf(address string) string {
+	u, err := url.Parse(address)
+	if err != nil {
+		return ""
+	}
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	}
+	return net.JoinHostPort(u.Hostname(), port)
 }
 
 // dialFunc connects as net.Dialer.DialContext does.
@@ -59,8 +95,8 @@ func newEgress(g *globals) *cobra.Command {
 		Use:   "egress",
 		Short: "Connect to listed destinations for the processes that have no network",
 		Long: `Listen on egress.sock, take HTTP CONNECT requests and relay bytes to the destinations
-that agent.toml lists. It is the one process that dials: for collateral, for channels to
-peers, for the TCP back ends of local services. TLS ends in the asker.`,
+that agent.toml lists ([egress] allow) or needs (back ends, peers, collateral). It is the
+one process that dials. TLS ends in the asker.`,
 		Example: `  tdx-agent egress
   socat TCP-LISTEN:3128,bind=127.0.0.1,fork UNIX-CONNECT:/run/tdx-agent/egress.sock &
   curl -p -x http://127.0.0.1:3128 https://pccs.example.org:8081/`,
@@ -75,10 +111,10 @@ peers, for the TCP back ends of local services. TLS ends in the asker.`,
 			if err != nil {
 				return err
 			}
-			allow := cfg.Egress.destinations()
+			allow := cfg.destinations()
 			e := forward.NewEgress(forward.EgressConfig{Allow: allow, MaxConnections: cfg.Egress.MaxConnections, Logger: log})
 			if len(allow) == 0 {
-				log.Warn("no destination is allowed: [egress] allow is empty")
+				log.Warn("no destination is allowed: agent.toml has no [egress] allow, and nothing else that needs one")
 			}
 			log.Info("listening", "socket", l.Addr().String(), "allow", fmt.Sprint(allow))
 			group, ctx := errgroup.WithContext(cmd.Context())

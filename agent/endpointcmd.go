@@ -2,20 +2,19 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"log/slog"
 	"net"
-	"net/http"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"tdx-agent/remote"
 	"tdx-agent/remote/atls"
-	"tdx-agent/remote/dcap"
 	"tdx-agent/remote/forward"
 )
 
@@ -41,14 +40,50 @@ func (f *channelFlags) addPeersSocket(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.peersSocket, "peers-socket", "", "socket to say on what is known of channels, for tdx-agent peers and status, and /metrics (default one in the runtime directory; none: no socket)")
 }
 
+// fromConfig fills in what no flag says. A process that is set up by agent.toml has no
+// network of its own.
+func (f *channelFlags) fromConfig(cmd *cobra.Command, g *globals) (*Config, error) {
+	cfg, err := loadConfig(g.config)
+	if err != nil {
+		return nil, err
+	}
+	is := cmd.Flags().Changed
+	if !is("policy") {
+		f.policy = cfg.Endpoint.Policy
+	}
+	if !is("collateral") && !is("pccs") {
+		f.collateral, f.pccs = cfg.Endpoint.Collateral, cfg.Endpoint.PCCS
+	}
+	if !is("key-ttl") {
+		f.keyTTL = cfg.Endpoint.KeyTTL
+	}
+	if !is("egress") {
+		f.egress = true
+	}
+	return cfg, nil
+}
+
 // config makes the common part of an end. The policy is required: the built-in one
 // pins no application.
 func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger, isAttested bool) (cfg atls.Config, reload *reloader, err error) {
 	if f.policy == "" {
-		return cfg, nil, exitf(exitUsage, "give --policy: it says which peers are accepted")
+		return cfg, nil, exitf(exitUsage, "give --policy, or endpoint.policy in agent.toml: it says which peers are accepted")
 	}
 	if f.egress {
 		if f.dial, err = throughEgress(g.runtimeDir); err != nil {
+			return cfg, nil, err
+		}
+	}
+	if isAttested && !f.ratls {
+		attester, err := f.attester(ctx, g)
+		if err != nil {
+			return cfg, nil, err
+		}
+		cfg.Attester, f.isReal = attester, attester.isReal
+	}
+	var certificates *certificateAttester
+	if isAttested && f.ratls {
+		if certificates, err = f.certificateAttester(ctx, g); err != nil {
 			return cfg, nil, err
 		}
 	}
@@ -57,29 +92,26 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 		return cfg, nil, err
 	}
 	f.report = newPeerReport()
-	cfg = atls.Config{Verifier: v, KeyTTL: f.keyTTL, Observe: func(h atls.Handshake) {
+	cfg.Verifier, cfg.KeyTTL, cfg.Observe = v, f.keyTTL, func(h atls.Handshake) {
 		logHandshake(log, h)
 		f.report.observe(h)
-	}}
+	}
 	reload = f.reloader(v, store, log)
 	if f.ratls {
-		cfg.RATLS, reload.renewer, err = ratlsEnd(ctx, g, log, isAttested)
-		return cfg, reload, err
+		cfg.RATLS, reload.renewer, err = ratlsEnd(g, log, certificates)
 	}
-	if isAttested {
-		dir, err := clientRuntimeDir(g.runtimeDir)
-		if err != nil {
-			return cfg, nil, err
-		}
-		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		defer cancel()
-		attester, err := newChannelAttester(ctx, dir)
-		if err != nil {
-			return cfg, nil, err
-		}
-		cfg.Attester = attester
+	return cfg, reload, err
+}
+
+// attester asks the agent of this TD for evidence.
+func (f *channelFlags) attester(ctx context.Context, g *globals) (*channelAttester, error) {
+	dir, err := clientRuntimeDir(g.runtimeDir)
+	if err != nil {
+		return nil, err
 	}
-	return cfg, reload, nil
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return newChannelAttester(ctx, dir)
 }
 
 func logHandshake(log *slog.Logger, h atls.Handshake) {
@@ -91,73 +123,171 @@ func logHandshake(log *slog.Logger, h atls.Handshake) {
 	log.Warn("no channel", append(args, "step", string(h.Step), "code", string(h.Code), "error", h.Err)...)
 }
 
+// endpointFlags are endpoint's own.
+type endpointFlags struct {
+	channelFlags
+	listen     string
+	services   []string
+	unattested []string
+}
+
 func newEndpoint(g *globals) *cobra.Command {
-	var f channelFlags
-	var listen string
-	var services, unattested []string
+	var f endpointFlags
 	cmd := &cobra.Command{
 		Use:   "endpoint",
 		Short: "Accept attested channels from peers and connect them with local services",
 		Long: `Accept attested channels (tdx-atls/1) and connect each with the local service that its
 peer asks for, if an entry of the policy accepts the peer for that service. It holds no
 keys: it asks the running agent for evidence, over channel.sock.
+Services are those of agent.toml, whose TCP back ends it reaches by way of tdx-agent egress,
+or with --service those that are given. Other flags replace what agent.toml says.
 SIGHUP reloads the policy, and drains the channels of peers that it denies now; one
 that cannot be read leaves the last one in force.`,
-		Example: "  tdx-agent endpoint --listen :8443 --policy policy.toml --service jobs=127.0.0.1:8080",
-		Args:    cobra.NoArgs,
+		Example: `  tdx-agent endpoint
+  tdx-agent endpoint --listen :8443 --policy policy.toml --service jobs=127.0.0.1:8080`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			targets, err := parseServices(services)
+			cfg, err := f.configure(cmd, g)
 			if err != nil {
 				return err
 			}
-			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
-			cfg, reload, err := f.config(cmd.Context(), g, log, true)
-			if err != nil {
-				return err
-			}
-			lc := atls.ListenerConfig{Config: cfg, Unattested: unattested}
-			for name := range targets {
-				lc.Services = append(lc.Services, name)
-			}
-			for _, name := range unattested {
-				if _, ok := targets[name]; !ok {
-					return exitf(exitUsage, "--allow-unattested-clients %s: there is no such --service", name)
-				}
-				if !cfg.Verifier.Policy().AllowsUnattested(name) {
-					return exitf(exitConfig, "--allow-unattested-clients %s: no entry of the policy has that service and allow_unattested_clients = true", name)
-				}
-				log.Warn("clients of this service prove nothing", "service", name)
-			}
-			inner, err := listenAddress(cmd.Context(), listen)
-			if err != nil {
-				return err
-			}
-			l, err := atls.NewListener(inner, lc)
-			if err != nil {
-				inner.Close()
-				return err
-			}
-			group, ctx := errgroup.WithContext(cmd.Context())
-			reload.start(ctx, group, l.Reappraise)
-			if err := f.report.start(ctx, group, g, log, "endpoint", f.peersSocket, cfg.Verifier, l.Channels); err != nil {
-				l.Close()
-				return err
-			}
-			log.Info("listening", "address", inner.Addr().String(), "services", lc.Services, "policy", cfg.Verifier.Policy().ID, "generation", cfg.Verifier.Generation())
-			group.Go(func() error {
-				return forward.Inbound(ctx, l, log, func(ctx context.Context, peer *atls.Peer) (net.Conn, error) {
-					return dialAddress(ctx, f.dial, targets[peer.Service])
-				})
-			})
-			return endGroup(cmd.Context(), group)
+			return f.run(cmd, g, cfg)
 		},
 	}
 	f.add(cmd)
 	f.addPeersSocket(cmd)
-	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:8443", "address to listen on, or unix:PATH")
-	cmd.Flags().StringArrayVar(&services, "service", nil, "NAME=ADDRESS: a service that peers may ask for, and where it listens (HOST:PORT or unix:PATH)")
-	cmd.Flags().StringArrayVar(&unattested, "allow-unattested-clients", nil, "name of a service that takes clients which prove nothing; the policy must allow it too")
+	cmd.Flags().StringVar(&f.listen, "listen", "127.0.0.1:8443", "address to listen on, or unix:PATH")
+	cmd.Flags().StringArrayVar(&f.services, "service", nil, "NAME=ADDRESS: a service that peers may ask for, and where it listens (HOST:PORT or unix:PATH)")
+	cmd.Flags().StringArrayVar(&f.unattested, "allow-unattested-clients", nil, "name of a --service that takes clients which prove nothing; the policy must allow it too")
 	return cmd
+}
+
+// configure completes the flags by the configuration, and the configuration by the flags:
+// with --service it is not read at all.
+func (f *endpointFlags) configure(cmd *cobra.Command, g *globals) (*Config, error) {
+	if len(f.services) > 0 {
+		cfg := newConfig()
+		services, err := parseServices(f.services, f.unattested)
+		cfg.Services = services
+		return cfg, err
+	}
+	if len(f.unattested) > 0 {
+		return nil, exitf(exitUsage, "--allow-unattested-clients goes with --service; agent.toml says allow_unattested")
+	}
+	cfg, err := f.fromConfig(cmd, g)
+	if err != nil {
+		return nil, err
+	}
+	if !cmd.Flags().Changed("listen") {
+		f.listen = cfg.Endpoint.Listen
+	}
+	if len(cfg.Services) == 0 {
+		return nil, exitf(exitConfig, "there is nothing for peers to reach: declare [[service]] in agent.toml, or give --service NAME=ADDRESS")
+	}
+	return cfg, nil
+}
+
+// run accepts channels for the services of cfg until the command is stopped.
+func (f *endpointFlags) run(cmd *cobra.Command, g *globals, cfg *Config) error {
+	log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
+	ends, reload, err := f.config(cmd.Context(), g, log, true)
+	if err != nil {
+		return err
+	}
+	lc, err := listenerConfig(ends, cfg)
+	if err != nil {
+		return err
+	}
+	if err := f.checkMeasured(cmd.Context(), g, cfg); err != nil {
+		return err
+	}
+	for _, name := range lc.Services {
+		if !slices.ContainsFunc(ends.Verifier.Policy().Entries, func(e remote.Entry) bool { return slices.Contains(e.Service, name) }) {
+			log.Warn("no entry of the policy has this service: nobody can reach it", "service", name)
+		}
+	}
+	for _, name := range lc.Unattested {
+		log.Warn("clients of this service prove nothing", "service", name)
+	}
+	inner, err := passedListener(socketEndpoint)
+	if inner == nil && err == nil {
+		inner, err = listenAddress(cmd.Context(), f.listen, 0o600)
+	}
+	if err != nil {
+		return err
+	}
+	l, err := atls.NewListener(inner, lc)
+	if err != nil {
+		inner.Close()
+		return err
+	}
+	services := map[string]forward.Service{}
+	for i := range cfg.Services {
+		services[cfg.Services[i].Name] = cfg.Services[i].forwarded(f.dial)
+	}
+	group, ctx := errgroup.WithContext(cmd.Context())
+	reload.start(ctx, group, l.Reappraise)
+	if err := f.report.start(ctx, group, g, log, "endpoint", f.peersSocket, ends.Verifier, l.Channels); err != nil {
+		l.Close()
+		return err
+	}
+	log.Info("listening", "address", inner.Addr().String(), "services", lc.Services, "policy", ends.Verifier.Policy().ID, "generation", ends.Verifier.Generation())
+	group.Go(func() error { return forward.Inbound(ctx, l, log, services) })
+	group.Go(func() error {
+		keepNotified(ctx, log, isAlive, func() string { return fmt.Sprintf("%d services, %d channels", len(services), len(l.Channels())) })
+		return nil
+	})
+	return endGroup(cmd.Context(), group)
+}
+
+// isAlive is for processes whose own status line takes every lock that could be stuck.
+func isAlive(context.Context) error { return nil }
+
+// listenerConfig holds the declared services against the policy: what no peer could ever
+// reach is a mistake.
+func listenerConfig(ends atls.Config, cfg *Config) (atls.ListenerConfig, error) {
+	e := &cfg.Endpoint
+	lc := atls.ListenerConfig{Config: ends, Entries: map[string][]string{}, MaxConnections: e.MaxConnections, MaxHandshakes: e.MaxHandshakes, MaxPerAddress: e.MaxPerAddress, PerSecond: e.PerSecond, Burst: e.Burst}
+	policy := ends.Verifier.Policy()
+	for i := range cfg.Services {
+		s := &cfg.Services[i]
+		lc.Services = append(lc.Services, s.Name)
+		if len(s.Peers) > 0 {
+			lc.Entries[s.Name] = s.Peers
+		}
+		for _, name := range s.Peers {
+			if !policy.Lets(name, s.Name) {
+				return lc, exitf(exitConfig, "service %q: peers: the policy has no entry %q with service %q", s.Name, name, s.Name)
+			}
+		}
+		if s.AllowUnattested && !policy.AllowsUnattested(s.Name) {
+			return lc, exitf(exitConfig, "service %q takes unattested clients: no entry of the policy has that service and allow_unattested_clients = true", s.Name)
+		}
+		if s.AllowUnattested {
+			lc.Unattested = append(lc.Unattested, s.Name)
+		}
+	}
+	slices.Sort(lc.Services)
+	return lc, nil
+}
+
+// checkMeasured refuses what is loosened by agent.toml unless the agent says that this
+// boot has measured it.
+func (f *endpointFlags) checkMeasured(ctx context.Context, g *globals, cfg *Config) error {
+	isLoose := func(s ServiceConfig) bool { return s.AllowUnattested }
+	if len(f.services) > 0 || !slices.ContainsFunc(cfg.Services, isLoose) {
+		return nil // given by hand, or nothing to check
+	}
+	agent, err := f.attester(ctx, g)
+	if err != nil {
+		return err
+	}
+	for i := range cfg.Services {
+		if s := &cfg.Services[i]; isLoose(*s) && agent.loosened[s.loosenedKey()] != true {
+			return exitf(exitConfig, "service %q: allow_unattested = true was not measured by this boot: agent.toml was changed after the boot step", s.Name)
+		}
+	}
+	return nil
 }
 
 // endGroup is the end of a command that runs until it is stopped.
@@ -168,25 +298,32 @@ func endGroup(ctx context.Context, group *errgroup.Group) error {
 	return nil
 }
 
-func parseServices(list []string) (map[string]string, error) {
-	targets := map[string]string{}
+// parseServices reads --service and --allow-unattested-clients.
+func parseServices(list, unattested []string) (services []ServiceConfig, err error) {
+	find := func(name string) int {
+		return slices.IndexFunc(services, func(s ServiceConfig) bool { return s.Name == name })
+	}
 	for _, s := range list {
 		name, address, ok := strings.Cut(s, "=")
-		if !ok || name == "" || address == "" || targets[name] != "" {
+		if !ok || name == "" || address == "" || find(name) >= 0 {
 			return nil, exitf(exitUsage, "--service is %q, want NAME=HOST:PORT or NAME=unix:PATH, each name once", s)
 		}
-		targets[name] = address
+		services = append(services, ServiceConfig{Name: name, Backend: address})
 	}
-	if len(targets) == 0 {
-		return nil, exitf(exitUsage, "give --service NAME=ADDRESS: what peers may reach")
+	for _, name := range unattested {
+		i := find(name)
+		if i < 0 {
+			return nil, exitf(exitUsage, "--allow-unattested-clients %s: there is no such --service", name)
+		}
+		services[i].AllowUnattested = true
 	}
-	return targets, nil
+	return services, nil
 }
 
-// listenAddress listens on TCP, or on a Unix socket for this user.
-func listenAddress(ctx context.Context, address string) (net.Listener, error) {
+// listenAddress listens on TCP, or on a Unix socket of this mode.
+func listenAddress(ctx context.Context, address string, mode fs.FileMode) (net.Listener, error) {
 	if path, ok := strings.CutPrefix(address, "unix:"); ok {
-		return listenUnix(path, 0o600)
+		return listenUnix(path, mode)
 	}
 	return new(net.ListenConfig).Listen(ctx, "tcp", address)
 }
@@ -202,169 +339,7 @@ func dialAddress(ctx context.Context, dial dialFunc, address string) (net.Conn, 
 	return dial(ctx, "tcp", address)
 }
 
-// dialFlags say whom to dial.
-type dialFlags struct {
-	channelFlags
-	service    string
-	expect     []string
-	unattested bool
-}
-
-func (f *dialFlags) add(cmd *cobra.Command) {
-	f.channelFlags.add(cmd)
-	cmd.Flags().StringVar(&f.service, "service", "", "name of the service at the peer")
-	cmd.Flags().StringArrayVar(&f.expect, "expect", nil, "policy entry that may accept the peer (required: addresses prove nothing)")
-	cmd.Flags().BoolVar(&f.unattested, "unattested", false, "prove nothing ourselves, as from a machine that is no TD: only for services that allow it")
-}
-
-func (f *dialFlags) dialer(cmd *cobra.Command, g *globals, log *slog.Logger) (*atls.Dialer, *reloader, error) {
-	if f.ratls && f.service != "" {
-		return nil, nil, exitf(exitUsage, "--service does not go with --ratls: RA-TLS names no service")
-	}
-	if f.service == "" && !f.ratls || len(f.expect) == 0 {
-		return nil, nil, exitf(exitUsage, "give --service and --expect: the service at the peer, and the policy entry that may accept it")
-	}
-	cfg, reload, err := f.config(cmd.Context(), g, log, !f.unattested)
-	if err != nil {
-		return nil, nil, err
-	}
-	d, err := atls.NewDialer(cfg, func(ctx context.Context, _, address string) (net.Conn, error) {
-		return dialAddress(ctx, f.dial, address)
-	})
-	return d, reload, err
-}
-
-// channelExit gives a handshake's failure its exit status.
-func channelExit(err error) error {
-	e, ok := errors.AsType[*atls.Error](err)
-	if !ok {
-		return err
-	}
-	switch e.Code {
-	case atls.CodePolicyDenied, atls.CodeCollateralUnavailable:
-		return withExit(exitPolicy, err)
-	case atls.CodeEvidenceInvalid, atls.CodeBindingMismatch:
-		return withExit(exitEvidence, err)
-	case atls.CodeBusy:
-		return withExit(exitThrottled, err)
-	case atls.CodeTimeout:
-		return withExit(exitTimeout, err)
-	}
-	return err
-}
-
-func newConnect(g *globals) *cobra.Command {
-	var f dialFlags
-	var listen string
-	cmd := &cobra.Command{
-		Use:   "connect ADDRESS",
-		Short: "Open attested channels to a peer's service, for a local socket or this terminal",
-		Long: `Open an attested channel to a service of the peer at ADDRESS (HOST:PORT or unix:PATH)
-for each connection to a local socket, or with standard input and output. With --listen,
-SIGHUP reloads the policy as for endpoint.`,
-		Example: `  tdx-agent connect --policy policy.toml --expect worker --service jobs --listen unix:/run/jobs.sock 10.0.0.2:8443
-  echo hello | tdx-agent connect --policy policy.toml --expect worker --service echo 10.0.0.2:8443`,
-		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			log := warnings(cmd.ErrOrStderr())
-			if listen != "" {
-				log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
-			}
-			d, reload, err := f.dialer(cmd, g, log)
-			if err != nil {
-				return err
-			}
-			dial := func(ctx context.Context) (net.Conn, error) {
-				return d.DialContext(ctx, "tcp", args[0], f.service, f.expect)
-			}
-			if listen == "" {
-				defer reload.once(cmd.Context())()
-				c, err := dial(cmd.Context())
-				if err != nil {
-					return channelExit(err)
-				}
-				peer, _ := atls.PeerFromConn(c)
-				fmt.Fprintf(cmd.ErrOrStderr(), "%sconnected to %q, assurance %s%s\n", banner(isSimulated(peer)), peer.Entry(), peer.Assurance(), refText(peer.Ref))
-				return forward.Pipe(cmd.Context(), c, cmd.InOrStdin(), cmd.OutOrStdout())
-			}
-			l, err := listenAddress(cmd.Context(), listen)
-			if err != nil {
-				return err
-			}
-			group, ctx := errgroup.WithContext(cmd.Context())
-			reload.start(ctx, group, d.Reappraise)
-			if err := f.report.start(ctx, group, g, log, "connect", f.peersSocket, reload.verifier, d.Channels); err != nil {
-				l.Close()
-				return err
-			}
-			log.Info("listening", "address", l.Addr().String(), "peer", args[0], "service", f.service, "expect", f.expect)
-			group.Go(func() error { return forward.Outbound(ctx, l, log, dial) })
-			return endGroup(cmd.Context(), group)
-		},
-	}
-	f.add(cmd)
-	f.addPeersSocket(cmd)
-	cmd.Flags().StringVar(&listen, "listen", "", "local socket to serve: unix:PATH, or HOST:PORT, which every container with the host's network can reach")
-	return cmd
-}
-
-func refText(ref string) string {
-	if ref == "" {
-		return "" // RA-TLS has none
-	}
-	return ", ref " + ref
-}
-
-func newFetch(g *globals) *cobra.Command {
-	var f dialFlags
-	cmd := &cobra.Command{
-		Use:   "fetch URL",
-		Short: "Get an http URL over an attested channel, or an https URL of a dstack peer",
-		Example: `  tdx-agent fetch --policy policy.toml --expect worker --service web http://10.0.0.2:8443/status
-  tdx-agent fetch --ratls --policy policy.toml --expect gateway https://10.0.0.3:8000/status`,
-		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			switch {
-			case f.ratls && !strings.HasPrefix(args[0], "https://"):
-				return exitf(exitUsage, "URL is %q, want https://HOST:PORT/PATH with --ratls", args[0])
-			case !f.ratls && !strings.HasPrefix(args[0], "http://"):
-				return exitf(exitUsage, "URL is %q, want http://HOST:PORT/PATH: the attested channel is below HTTP", args[0])
-			}
-			d, reload, err := f.dialer(cmd, g, warnings(cmd.ErrOrStderr()))
-			if err != nil {
-				return err
-			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), verifyTimeout)
-			defer cancel()
-			req, err := http.NewRequestWithContext(ctx, http.MethodGet, args[0], nil)
-			if err != nil {
-				return withExit(exitUsage, err)
-			}
-			transport := atls.NewTransport(d, f.service, f.expect)
-			defer transport.CloseIdleConnections()
-			defer reload.once(ctx)()
-			if f.ratls {
-				transport.DialTLSContext = transport.DialContext // the connection has its TLS
-			}
-			resp, err := transport.RoundTrip(req) // no redirect: another host may be another service
-			if err != nil {
-				return channelExit(err)
-			}
-			defer resp.Body.Close()
-			if _, err := io.Copy(cmd.OutOrStdout(), resp.Body); err != nil {
-				return err
-			}
-			if resp.StatusCode != http.StatusOK {
-				return fmt.Errorf("the peer answers %s", resp.Status)
-			}
-			return nil
-		},
-	}
-	f.add(cmd)
-	return cmd
-}
-
-// isSimulated reports whether the peer's quote ends in another root than Intel's.
-func isSimulated(p *atls.Peer) bool {
-	return p.Result != nil && p.Result.Claims.Report != nil && p.Result.Claims.Report.Root != dcap.IntelRoot()
+// dialer is dialAddress for one address.
+func dialer(dial dialFunc, address string) func(context.Context) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) { return dialAddress(ctx, dial, address) }
 }

@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -26,6 +27,8 @@ const maxEvidence = 21 << 20
 // evidenceFlags say where evidence is.
 type evidenceFlags struct {
 	quote, eventLog, vmConfig, attestation, cert string
+
+	chain []*x509.Certificate // of cert, once read
 }
 
 func (f *evidenceFlags) add(cmd *cobra.Command) {
@@ -60,7 +63,7 @@ func (f *evidenceFlags) read() (*measure.Evidence, error) {
 	case f.attestation != "":
 		parse = parseAttestation
 	case f.cert != "":
-		parse = parseCertificate
+		parse = f.parseCertificate
 	}
 	ev, err := parse(b)
 	if err != nil {
@@ -285,22 +288,50 @@ func parseAttestation(b []byte) (*measure.Evidence, error) {
 	return a.Evidence()
 }
 
+// maxChain bounds the certificates of a PEM file.
+const maxChain = 16
+
 // parseCertificate reads the attestation in the first certificate of a PEM file. It
-// must be bound to the certificate's key.
-func parseCertificate(b []byte) (*measure.Evidence, error) {
-	block, _ := pem.Decode(b)
-	if block == nil || block.Type != "CERTIFICATE" {
+// must be bound to the certificate's key. Those that follow may be its issuers.
+func (f *evidenceFlags) parseCertificate(b []byte) (*measure.Evidence, error) {
+	for {
+		var block *pem.Block
+		if block, b = pem.Decode(b); block == nil {
+			break
+		}
+		if block.Type != "CERTIFICATE" {
+			continue
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("certificate %d: %w", len(f.chain)+1, err)
+		}
+		if f.chain = append(f.chain, cert); len(f.chain) > maxChain {
+			return nil, fmt.Errorf("more than %d certificates", maxChain)
+		}
+	}
+	if len(f.chain) == 0 {
 		return nil, errors.New("no PEM certificate")
 	}
-	cert, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
-		return nil, err
-	}
-	a, err := ratls.Parse(cert)
+	a, err := ratls.Parse(f.chain[0])
 	if err != nil {
 		return nil, err
 	}
 	return a.Evidence, nil
+}
+
+// checkChain checks dates and signature of the certificate that was read. An issuer that
+// the file does not hold is told of: nothing here rests on what issuers say.
+func (f *evidenceFlags) checkChain(at time.Time, out io.Writer) error {
+	if len(f.chain) == 0 {
+		return nil
+	}
+	err := ratls.CheckLeaf(f.chain, at)
+	if errors.Is(err, ratls.ErrNoIssuer) {
+		fmt.Fprintf(out, "certificate's signature: NOT CHECKED (its issuer is not in %s): its dates may be anybody's\n", f.cert)
+		return nil
+	}
+	return withExit(exitEvidence, err)
 }
 
 // parseEvents reads an event log: dstack's JSON, a document that holds it, or a CCEL.

@@ -119,8 +119,10 @@ be written with one dash, as older tools have them.`,
 			if err != nil {
 				return usageIfUnmodelled(err)
 			}
-			if note != "" {
-				fmt.Fprintln(cmd.ErrOrStderr(), "tdx-agent: "+note)
+			for _, n := range []string{note, unknownMembers(c)} {
+				if n != "" {
+					fmt.Fprintln(cmd.ErrOrStderr(), "tdx-agent: "+n)
+				}
 			}
 			return printMeasured(cmd.OutOrStdout(), r, candidatesOf(img, m.MemoryBytes), events, wantJSON(cmd))
 		},
@@ -152,6 +154,9 @@ type measuredReply struct {
 	MRImage     string          `json:"mr_image"`
 	OSImageHash string          `json:"os_image_hash,omitempty"`
 	Profile     measuredProfile `json:"profile"`
+
+	// Assumed is what was taken for granted.
+	Assumed []string `json:"assumed,omitempty"`
 
 	// Candidates are the values under other choices of page order and kernel mode: a
 	// help to see which one a host has made, not values to accept.
@@ -185,6 +190,11 @@ type measuredProfile struct {
 	Kernel    string `json:"kernel"`
 	Firmware  string `json:"firmware"`
 	Root      string `json:"root"`
+
+	// What the other choices were proven against; Proven is about the ACPI tables.
+	PageOrderProven string `json:"page_order_proven"`
+	KernelProven    string `json:"kernel_proven"`
+	FirmwareProven  string `json:"firmware_proven"`
 }
 
 type measuredEvent struct {
@@ -202,8 +212,9 @@ func printMeasured(out io.Writer, r *image.Result, candidates []measuredCandidat
 	system := fmt.Sprintf("%x", r.MRSystem(nil))
 	reply := measuredReply{
 		Schema: "tdx-agent/image-measure/v1", MRTD: r.MRTD.String(), RTMR0: r.RTMR[0].String(), RTMR1: r.RTMR[1].String(), RTMR2: r.RTMR[2].String(),
-		MREnclave: system, MRSystem: system, MRImage: fmt.Sprintf("%x", r.MRImage()), OSImageHash: hex.EncodeToString(r.OSImageHash), Candidates: candidates,
-		Profile: measuredProfile{r.QEMU, r.Proven, r.PageOrder.String(), r.PIC, r.Kernel.String(), string(r.Firmware), r.Root.String()},
+		MREnclave: system, MRSystem: system, MRImage: fmt.Sprintf("%x", r.MRImage()), OSImageHash: hex.EncodeToString(r.OSImageHash), Candidates: candidates, Assumed: r.Assumed,
+		Profile: measuredProfile{r.QEMU, r.Proven, r.PageOrder.String(), r.PIC, r.Kernel.String(), string(r.Firmware), r.Root.String(),
+			r.PageOrder.Proven(), r.Kernel.Proven(), r.Firmware.Proven()},
 	}
 	if events {
 		var index [3]int
@@ -222,7 +233,13 @@ func printMeasured(out io.Writer, r *image.Result, candidates []measuredCandidat
 		}
 	}
 	p := reply.Profile
-	fmt.Fprintf(out, "%-14s QEMU %s (%s), %s, pic %v, kernel %s, firmware %s, root %s\n", "profile", p.QEMU, p.Proven, p.PageOrder, p.PIC, p.Kernel, p.Firmware, p.Root)
+	fmt.Fprintf(out, "%-14s QEMU %s, %s, pic %v, kernel %s, firmware %s, root %s\n", "profile", p.QEMU, p.PageOrder, p.PIC, p.Kernel, p.Firmware, p.Root)
+	for _, v := range [][2]string{{"QEMU " + p.QEMU, p.Proven}, {p.PageOrder, p.PageOrderProven}, {"kernel " + p.Kernel, p.KernelProven}, {"firmware " + p.Firmware, p.FirmwareProven}} {
+		fmt.Fprintf(out, "%-14s %s: %s\n", "proven", v[0], v[1])
+	}
+	for _, a := range reply.Assumed {
+		fmt.Fprintf(out, "%-14s %s\n", "assumed", quoted(a))
+	}
 	for _, c := range reply.Candidates {
 		if c.Value != reply.MRTD && c.Value != reply.RTMR1 {
 			fmt.Fprintf(out, "if %-11s %s would be %s\n", c.Choice, c.Register, c.Value)

@@ -49,8 +49,10 @@ This checks no signature: whether the quote is genuine is not known.`,
 				return usageIfUnmodelled(err)
 			}
 			o.Image = img
-			if note != "" {
-				notes = append(notes, note)
+			for _, n := range []string{note, unknownMembers(c)} {
+				if n != "" {
+					notes = append(notes, n)
+				}
 			}
 			x, err := image.Explain(o)
 			if err != nil {

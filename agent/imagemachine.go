@@ -17,7 +17,7 @@ type machineFlags struct {
 	cpu                                  int
 	memory, ram                          string
 	qemu, pic, hotplug, hole, root       string
-	profile, kernel, smbios              string
+	profile, kernel, smbios, numa        string
 	gpus, nvswitches, nics, volumes      int
 	twoPass, singlePass, hugepages, near bool
 	vmConfig                             string
@@ -40,6 +40,7 @@ func (f *machineFlags) register(cmd *cobra.Command) {
 	fs.IntVar(&f.volumes, "volumes", 0, "number of verity volumes besides the root disk")
 	fs.StringVar(&f.hole, "pci-hole64", "", "size of the 64-bit PCI window, with a unit: 64G (default, and 0: QEMU's)")
 	fs.BoolVar(&f.hugepages, "hugepages", false, "memory comes from huge pages")
+	fs.StringVar(&f.numa, "numa", "", "off, node or bridge: what huge pages make of the VM (default: node, as dstack's verifier; its VMM adds a bridge)")
 	fs.StringVar(&f.root, "root", "", "virtio or cdrom: how the root file system is attached (default: by the image; virtio)")
 	fs.StringVar(&f.profile, "firmware-profile", "", "pre202505 or stable202505 (default: by the image; pre202505)")
 	fs.StringVar(&f.kernel, "kernel-mode", "", "patched, raw or normalized (default: by image and QEMU's version)")
@@ -70,6 +71,16 @@ func (f *machineFlags) machine() (image.Machine, *image.VMConfig, error) {
 		err = m.Check()
 	}
 	return m, c, usageUnlessCoded(err)
+}
+
+// unknownMembers says which members of a vm_config were not considered, "" if all were:
+// one of a newer dstack may stand for a device that is in the tables.
+func unknownMembers(c *image.VMConfig) string {
+	if c == nil || len(c.UnknownMembers) == 0 {
+		return ""
+	}
+	shown := c.UnknownMembers[:min(len(c.UnknownMembers), 8)]
+	return fmt.Sprintf("vm_config: members that are not known here (%d) were not considered: %.80q", len(c.UnknownMembers), shown)
 }
 
 func readVMConfig(path string) (*image.VMConfig, error) {
@@ -144,6 +155,9 @@ func (f *machineFlags) refine(m *image.Machine) (err error) {
 	}
 	if m.Kernel, err = image.ParseKernelMode(f.kernel); err != nil {
 		return err
+	}
+	if m.NUMA, err = image.ParseNUMA(f.numa); err != nil {
+		return fmt.Errorf("--numa: %v", err)
 	}
 	if f.smbios != "" {
 		m.SMBIOS, err = parseDigest(f.smbios)

@@ -17,13 +17,14 @@ import (
 
 // The sockets by the names systemd passes them under (FileDescriptorName=).
 const (
-	socketDstack  = "dstack"
-	socketTappd   = "tappd"
-	socketAgent   = "agent"
-	socketAdmin   = "admin"
-	socketChannel = "channel" // optional: only where the machine has attested channels
-	socketEgress  = "egress"  // of tdx-agent egress
-	socketWorker  = "worker"  // optional: only with worker.listen
+	socketDstack   = "dstack"
+	socketTappd    = "tappd"
+	socketAgent    = "agent"
+	socketAdmin    = "admin"
+	socketChannel  = "channel"  // optional: only where the machine has attested channels
+	socketEgress   = "egress"   // of tdx-agent egress
+	socketEndpoint = "endpoint" // of tdx-agent endpoint
+	socketWorker   = "worker"   // optional: only with worker.listen
 )
 
 // socketModes returns the sockets of serve. Containers have arbitrary user ids, so

@@ -157,7 +157,7 @@ func directionOf(own atls.Role) string {
 
 func peerOf(c *atls.Conn) status.Peer {
 	of := c.Peer()
-	p := status.Peer{Ref: of.Ref, Direction: "in", Address: of.Address, Service: of.Service, Assurance: of.Assurance(), Entry: of.Entry(), Simulated: isSimulated(of),
+	p := status.Peer{Ref: of.Ref, Direction: "in", Address: of.Address, Service: of.Service, Assurance: of.Assurance(), Entry: of.Entry(), Simulated: of.Attested() && of.Result.IsSimulated(),
 		Advisories: []string{}, VerifiedAt: of.VerifiedAt.UTC(), Opened: of.Opened.UTC(), Expires: of.Expires.UTC(), Draining: c.IsDraining()}
 	if of.Role == atls.Server {
 		p.Direction = "out"
@@ -170,15 +170,15 @@ func peerOf(c *atls.Conn) status.Peer {
 	if of.Result.Image != nil {
 		p.Image = of.Result.Image.Name
 	}
-	claimed(&p, of.Result.Claims)
+	proven(&p, of.Result)
 	return p
 }
 
-// claimed fills in what the peer's evidence proves, by an appraisal that accepted it.
-func claimed(p *status.Peer, c *remote.Claims) {
-	id := &c.Identity
-	p.AppID, p.InstanceID, p.ComposeHash = hex.EncodeToString(id.AppID), hex.EncodeToString(id.InstanceID), hex.EncodeToString(id.ComposeHash)
-	if id.KeyProvider != "" {
+// proven fills in what the peer's evidence proves, by an appraisal that accepted it.
+func proven(p *status.Peer, r *remote.Result) {
+	c := r.Claims
+	if id, err := r.Identity(); err == nil {
+		p.AppID, p.InstanceID, p.ComposeHash = hex.EncodeToString(id.AppID), hex.EncodeToString(id.InstanceID), hex.EncodeToString(id.ComposeHash)
 		if kp, err := measure.ParseKeyProvider([]byte(id.KeyProvider)); err == nil {
 			p.KeyProvider = string(kp.Kind)
 		}

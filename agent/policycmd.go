@@ -110,6 +110,13 @@ func judge(cmd *cobra.Command, in *evidenceFlags, f *verifierFlags, x remote.Exp
 	if err != nil {
 		return nil, err
 	}
+	now, err := f.clock()
+	if err != nil {
+		return nil, err
+	}
+	if err := in.checkChain(now(), cmd.ErrOrStderr()); err != nil {
+		return nil, err
+	}
 	v, _, err := f.verifier(cmd.Context(), warnings(cmd.ErrOrStderr()))
 	if err != nil {
 		return nil, err

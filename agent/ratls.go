@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"tdx-agent/agent/guestapi"
 	"tdx-agent/measure"
 	"tdx-agent/remote/ratls"
 )
@@ -43,8 +44,8 @@ func newRATLSConfig() RATLSConfig { return RATLSConfig{LegacyOIDs: true} }
 var errNoRATLS = exitf(exitConfig, "this agent gives no evidence for RA-TLS certificates, which are weaker than attested channels: ratls.endpoint = true in agent.toml allows it, from the next boot on")
 
 const (
-	maxCertificateWait = 25 * time.Second // for a quote; the socket's answer has 30 s
-	maxChangeWait      = 20 * time.Second // for RTMR3 to be extended
+	maxChangeWait = 20 * time.Second // for RTMR3 to be extended
+	answerWait    = 5 * time.Second  // to write the answer in
 )
 
 // certificateReply is evidence for a key.
@@ -54,15 +55,20 @@ type certificateReply struct {
 	VMConfig string          `json:"vm_config"`
 }
 
-// changedReply says whether RTMR3 or the vm_config are others than were asked about.
+// changedReply says whether RTMR3 or the vm_config are others than were asked about, and
+// whether the TD is a simulated one.
 type changedReply struct {
-	Changed bool `json:"changed"`
+	Changed   bool `json:"changed"`
+	Simulated bool `json:"simulated"`
 }
 
 // certificateRoutes adds what RA-TLS certificates need to channel.sock.
 func (d *daemon) certificateRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("POST /v1/certificate-evidence", func(w http.ResponseWriter, r *http.Request) {
+		extendDeadlines(w, quoteWait)
+		start := time.Now()
 		answer, err := d.attestCertificate(r)
+		d.recordRequest(r, socketChannel, guestapi.Record{Method: "certificate-evidence", Class: guestapi.ClassQuote, Took: time.Since(start)}, err)
 		if err != nil {
 			d.report(err)
 			replyError(w, err)
@@ -75,13 +81,22 @@ func (d *daemon) certificateRoutes(mux *http.ServeMux) {
 			replyError(w, errNoRATLS)
 			return
 		}
+		extendDeadlines(w, maxChangeWait)
 		changed, err := d.awaitChange(r.Context(), r.URL.Query().Get("rtmr3"), r.URL.Query().Get("vm_config_sha256"))
 		if err != nil {
 			replyError(w, err)
 			return
 		}
-		reply(w, http.StatusOK, changedReply{changed})
+		reply(w, http.StatusOK, changedReply{changed, d.backend.simulated})
 	})
+}
+
+// extendDeadlines lets an answer take longer than the server's other ones. The read
+// deadline matters too: when it passes, the request counts as broken off.
+func extendDeadlines(w http.ResponseWriter, wait time.Duration) {
+	c, at := http.NewResponseController(w), time.Now().Add(wait+answerWait)
+	c.SetReadDeadline(at) // an error says that the connection is gone
+	c.SetWriteDeadline(at)
 }
 
 func (d *daemon) attestCertificate(r *http.Request) (*certificateReply, error) {
@@ -100,7 +115,7 @@ func (d *daemon) attestCertificate(r *http.Request) (*certificateReply, error) {
 	if err != nil {
 		return nil, withExit(exitUsage, fmt.Errorf("request: spki: %w", err))
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), maxCertificateWait)
+	ctx, cancel := context.WithTimeout(r.Context(), quoteWait)
 	defer cancel()
 	ev, err := d.attester.Evidence(ctx, ratls.ReportData(spki), "certificate") // one caller among the others: no more than its turn
 	if err != nil {

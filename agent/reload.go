@@ -62,17 +62,23 @@ func (r *reloader) once(ctx context.Context) (stop func()) {
 func (r *reloader) run(ctx context.Context, reappraise func(context.Context) int) error {
 	defer signal.Stop(r.hangups)
 	for ctx.Err() == nil {
-		group, until := errgroup.WithContext(ctx)
-		until, stop := context.WithCancel(until)
-		group.Go(func() error { return r.store.Run(until) })
-		for r.wait(until) && !r.reload(ctx, reappraise) {
-		}
-		stop()
-		if err := group.Wait(); err != nil {
+		if err := r.under(ctx, r.store, reappraise); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// under works with one store, until the next reload has another.
+func (r *reloader) under(ctx context.Context, store *collateral.Store, reappraise func(context.Context) int) error {
+	group, until := errgroup.WithContext(ctx)
+	until, stop := context.WithCancel(until)
+	defer stop()
+	group.Go(func() error { return store.Run(until) })
+	for r.wait(until) && !r.reload(ctx, reappraise) {
+	}
+	stop()
+	return group.Wait()
 }
 
 // wait returns true for a SIGHUP, and false when ctx ends.

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -24,6 +25,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"tdx-agent/agent/audit"
 	"tdx-agent/measure/tsm"
 	"tdx-agent/remote/ratls"
 )
@@ -48,6 +50,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("XDG_RUNTIME_DIR", "")
 			env.Setenv("SIMDIR", filepath.Base(string(simulatedDir())))
 			env.Setenv("FIXTURES", fixtures())
+			env.Setenv("DEBIAN", os.Getenv("TDX_AGENT_DEBIAN"))
 			env.Setenv("NL", "\n")
 			return nil
 		},
@@ -55,6 +58,8 @@ func TestScripts(t *testing.T) {
 			switch cond {
 			case "tdx":
 				return tsm.Present(tsm.Paths{}), nil
+			case "debian":
+				return os.Getenv("TDX_AGENT_DEBIAN") != "", nil
 			case "fixtures":
 				_, err := os.Stat(fixtures())
 				return err == nil, nil
@@ -75,6 +80,7 @@ func TestScripts(t *testing.T) {
 			"exits":         scriptExits,
 			"free-address":  scriptFreeAddress,
 			"webserver":     scriptWebServer,
+			"expand":        scriptExpand,
 			"hangup":        scriptHangup,
 			"waitline":      scriptWaitLine,
 			"sink":          scriptSink,
@@ -82,6 +88,7 @@ func TestScripts(t *testing.T) {
 			"newcert":       scriptNewCert,
 			"append":        scriptAppend,
 			"cut-lines":     scriptCutLines,
+			"forge-line":    scriptForgeLine,
 		},
 	})
 }
@@ -230,6 +237,21 @@ func scriptCutLines(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	lines := bytes.SplitAfter(b, []byte("\n")) // nothing follows the last line feed
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), bytes.Join(lines[:len(lines)-1-count], nil), 0o600))
+}
+
+// scriptForgeLine adds a line to an audit record that follows its last: forge-line FILE.
+func scriptForgeLine(ts *testscript.TestScript, _ bool, args []string) {
+	b, err := os.ReadFile(ts.MkAbs(args[0]))
+	ts.Check(err)
+	lines := bytes.Split(bytes.TrimSuffix(b, []byte("\n")), []byte("\n"))
+	last := lines[len(lines)-1]
+	var e audit.Entry
+	ts.Check(json.Unmarshal(last, &e))
+	e.Seq++
+	e.Prev = fmt.Sprintf("%x", sha256.Sum256(last))
+	line, err := json.Marshal(e)
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), append(append(b, line...), '\n'), 0o600))
 }
 
 // scriptFlip changes one bit of a file: flip FILE OFFSET.

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"slices"
 	"strings"
 
@@ -42,4 +43,13 @@ func scriptWebServer(ts *testscript.TestScript, _ bool, args []string) {
 	}))
 	ts.Defer(srv.Close)
 	ts.Setenv(args[0], srv.Listener.Addr().String())
+}
+
+// scriptExpand replaces $NAME in files by the script's variables: expand FILE....
+func scriptExpand(ts *testscript.TestScript, _ bool, args []string) {
+	for _, name := range args {
+		b, err := os.ReadFile(ts.MkAbs(name))
+		ts.Check(err)
+		ts.Check(os.WriteFile(ts.MkAbs(name), []byte(os.Expand(string(b), ts.Getenv)), 0o600))
+	}
 }

@@ -110,8 +110,6 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 	}
 	d.access = append(d.access, status.Access{Socket: listeners[socketAgent].Addr().String(), Grants: []string{"status", "log"}},
 		status.Access{Socket: listeners[socketAdmin].Addr().String(), Grants: []string{"emit"}})
-	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])
-	d.start(ctx, group, newHTTPServer(d.adminHandler()), listeners[socketAdmin])
 	if l := listeners[socketChannel]; l != nil {
 		grants := []string{"channel evidence"}
 		if d.cfg.RATLS.Endpoint {
@@ -124,6 +122,9 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: []string{"read", "application key's attestation"}})
 		d.start(ctx, group, d.workerServer(), l)
 	}
+	// Last, since status reads the list of accesses.
+	d.start(ctx, group, newHTTPServer(d.operatorHandler()), listeners[socketAgent])
+	d.start(ctx, group, newHTTPServer(d.adminHandler()), listeners[socketAdmin])
 	group.Go(func() error { d.background(ctx); return nil })
 	group.Go(func() error { d.keepKeys(ctx); return nil })
 	// A slow host does not count against the agent; a lock of the log or a quote that

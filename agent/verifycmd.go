@@ -34,6 +34,7 @@ type verifierFlags struct {
 	allowRollback           bool
 	collateral, pccs        []string
 	dial                    dialFunc // of collateral; nil: this process's own network
+	isReal                  bool     // our TD is real, though this process may not see it
 }
 
 func (f *verifierFlags) add(cmd *cobra.Command) {
@@ -64,7 +65,7 @@ func (f *verifierFlags) verifier(ctx context.Context, log *slog.Logger) (*remote
 	if err != nil {
 		return nil, nil, err
 	}
-	v, err := remote.NewVerifier(remote.Config{Policy: policy, Collateral: store, Now: now, RealHardware: tsm.Present(tsm.Paths{})})
+	v, err := remote.NewVerifier(remote.Config{Policy: policy, Collateral: store, Now: now, RealHardware: f.isReal || tsm.Present(tsm.Paths{})})
 	return v, store, withExit(exitConfig, err)
 }
 
@@ -169,6 +170,8 @@ func (f *verifierFlags) stateDir() (string, error) {
 	dir := f.state
 	switch {
 	case dir != "":
+	case os.Getenv("STATE_DIRECTORY") != "": // systemd's StateDirectory=
+		dir = os.Getenv("STATE_DIRECTORY")
 	case os.Geteuid() == 0:
 		dir = stateDefault
 	default:

@@ -53,7 +53,7 @@ SIGHUP reloads the policy; one that cannot be read leaves the last one in force.
 			if err != nil {
 				return err
 			}
-			l, err := listenAddress(cmd.Context(), listen)
+			l, err := listenAddress(cmd.Context(), listen, 0o600)
 			if err != nil {
 				return err
 			}

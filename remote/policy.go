@@ -55,6 +55,11 @@ func (p *Policy) Has(name string) bool {
 	return slices.ContainsFunc(p.Entries, func(e Entry) bool { return e.Name == name })
 }
 
+// Lets reports whether there is an entry of this name whose peers may reach a service.
+func (p *Policy) Lets(name, service string) bool {
+	return slices.ContainsFunc(p.Entries, func(e Entry) bool { return e.Name == name && slices.Contains(e.Service, service) })
+}
+
 // AllowsKeys reports whether an entry accepts a measured key in place of a quote.
 func (p *Policy) AllowsKeys() bool {
 	return slices.ContainsFunc(p.Entries, func(e Entry) bool { return slices.Index(assurances, e.Require) >= slices.Index(assurances, requireKey) })

@@ -3,6 +3,7 @@ package guestapi_test
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -236,8 +237,9 @@ func TestSlowClients(t *testing.T) {
 
 func TestConnectionCaps(t *testing.T) {
 	for name, limit := range map[string]func(*guestapi.Config){
-		"total":    func(c *guestapi.Config) { c.MaxConns = 2 },
-		"per user": func(c *guestapi.Config) { c.MaxConnsPerUID = 2 },
+		"total":                      func(c *guestapi.Config) { c.MaxConns = 2 },
+		"per user":                   func(c *guestapi.Config) { c.MaxConnsPerUID = 2 },
+		"per user and control group": func(c *guestapi.Config) { c.MaxConnsPerCaller = 2 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := config(guestapi.Dstack, newTestGuest())
@@ -327,10 +329,16 @@ func TestConcurrentCallers(t *testing.T) {
 			for round := range rounds {
 				name := fmt.Sprintf("caller-%d-%d", caller, round)
 				wantOK(t, exchange(t, path, postJSON("/EmitEvent", `{"event":"`+name+`","payload":""}`)), "null")
-				for _, target := range []string{"/GetQuote", "/Info", "/Version"} {
-					if r := exchange(t, path, get(target)); r.status != 200 {
+				for _, target := range []string{"/Info", "/Version"} {
+					if r := exchange(t, path, get(target)); r.status != 200 || !json.Valid([]byte(r.body)) {
 						t.Errorf("%s: %s", target, r.body)
 					}
+				}
+				// answers are written into buffers that others have used
+				data := fmt.Sprintf("ca%02x%04x", caller, round)
+				r := exchange(t, path, get("/GetQuote?report_data="+data))
+				if want := data + strings.Repeat("0", 120); !strings.Contains(r.body, `"report_data":"`+want+`"`) || strings.Count(r.body, want) != 2 || !json.Valid([]byte(r.body)) {
+					t.Errorf("the answer to report data %s is %.200s", data, r.body)
 				}
 			}
 		})

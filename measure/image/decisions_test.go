@@ -1,14 +1,17 @@
 package image_test
 
 import (
+	"crypto/sha512"
 	"encoding/binary"
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"tdx-agent/measure"
+	"tdx-agent/measure/acpi"
 	"tdx-agent/measure/image"
 )
 
@@ -100,11 +103,44 @@ func TestMachineRefused(t *testing.T) {
 		"root disk":     func(m *image.Machine) { m.Root = 7 },
 		"firmware":      func(m *image.Machine) { m.Firmware = "x" },
 		"QEMU":          func(m *image.Machine) { m.QEMU = "8.2.2.2" },
+		"NUMA form":     func(m *image.Machine) { m.Hugepages, m.NUMA = true, 7 },
+		"node for none": func(m *image.Machine) { m.NUMA = image.NUMANode },
+		"QEMU 8 bridge": func(m *image.Machine) { m.Hugepages, m.NUMA = true, image.NUMABridge },
+		"GPU on a node": func(m *image.Machine) { m.QEMU, m.Hugepages, m.GPUs, m.PCIHole64 = "10.0.2", true, 1, 1<<40 },
 	} {
 		m := image.Machine{VCPUs: 1, MemoryBytes: 4 << 30, NICs: 1, QEMU: "8.2.2"}
 		spoil(&m)
 		if r, err := p.Measure(m); err == nil {
 			t.Errorf("%s: got %v", name, r.RTMR)
+		}
+	}
+}
+
+// TestNUMA has the tables of the form that is asked for, and says that none is proven.
+func TestNUMA(t *testing.T) {
+	p := platform(t, image.DstackLayout05())
+	for _, v := range []struct {
+		numa image.NUMA
+		want acpi.Machine
+	}{
+		{0, acpi.Machine{Hugepages: true}},
+		{image.NUMAOff, acpi.Machine{}},
+		{image.NUMANode, acpi.Machine{Hugepages: true}},
+		{image.NUMABridge, acpi.Machine{Hugepages: true, Expander: true}},
+	} {
+		m := image.Machine{QEMU: "10.0.2", VCPUs: 4, MemoryBytes: 8 << 30, NICs: 1, Root: image.RootVirtio, Hugepages: true, NUMA: v.numa, Kernel: image.KernelPatched}
+		r, err := p.Measure(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		v.want.QEMU, v.want.CPUs, v.want.Memory, v.want.NICs = acpi.QEMU10, m.VCPUs, m.MemoryBytes, m.NICs
+		tables, err := acpi.Build(v.want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := slices.ContainsFunc(r.Log, func(e image.Event) bool { return e.Name == "acpi-tables" && e.Digest == sha512.Sum384(tables.Tables) })
+		if !found || !strings.Contains(r.Proven, "unproven: that hugepages mean NUMA") {
+			t.Errorf("%v: tables of another machine, or no word on it: %s", v.numa, r.Proven)
 		}
 	}
 }

@@ -330,7 +330,7 @@ func (e *explainer) judgeRegisters() {
 		for _, ev := range log {
 			replayed = replayed.Extend(ev.Digest)
 		}
-		f := RegisterFinding{fmt.Sprintf("RTMR%d", imr), q.RTMR[imr], replayed, Match, ""}
+		f := RegisterFinding{fmt.Sprintf("RTMR%d", imr), q.RTMR[imr], replayed, Match, "the log replays to it"}
 		if replayed != q.RTMR[imr] {
 			f.Verdict, f.Hint = Mismatch, "the log does not replay to the quote: an event was cut off, added or changed, or they do not belong together"
 		}

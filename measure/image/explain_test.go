@@ -271,6 +271,7 @@ func TestTableLengthsOfMachines(t *testing.T) {
 		{QEMU: "11.1.0", VCPUs: 4, MemoryBytes: 4 << 30, Volumes: 2},
 		{QEMU: "8.2.2", VCPUs: 4, MemoryBytes: 8 << 30, Hugepages: true},
 		{QEMU: "10.0.2", VCPUs: 8, MemoryBytes: 1 << 30, Hugepages: true},
+		{QEMU: "10.0.2", VCPUs: 8, MemoryBytes: 16 << 30, Hugepages: true, NUMA: image.NUMABridge},
 	} {
 		m.NICs, m.Root = 1, image.RootVirtio
 		events, err := p.RTMR0(m)

@@ -222,7 +222,7 @@ func (m *Machine) describe() string {
 		s += ", hotplug off"
 	}
 	if m.Hugepages {
-		s += ", hugepages"
+		s += fmt.Sprintf(", hugepages (NUMA %v)", m.numa())
 	}
 	return s
 }
@@ -242,11 +242,13 @@ func changes() []change {
 		{"pic = off", func(m *Machine) { m.PIC = &off }},
 		{"hotplug off", func(m *Machine) { m.HotplugOff = true }},
 		{"hotplug on", func(m *Machine) { m.HotplugOff = false }},
-		{"hugepages", func(m *Machine) { m.Hugepages = true }},
-		{"no hugepages", func(m *Machine) { m.Hugepages = false }},
+		{"no hugepages", func(m *Machine) { m.Hugepages, m.NUMA = false, 0 }},
 		{"root disk = virtio", func(m *Machine) { m.Root = RootVirtio }},
 		{"root disk = cdrom", func(m *Machine) { m.Root = RootCDROM }},
 		{"pci_hole64_size = default", func(m *Machine) { m.PCIHole64 = 0 }},
+	}
+	for n := NUMAOff; n <= NUMABridge; n++ {
+		list = append(list, change{fmt.Sprintf("hugepages, NUMA %v", n), func(m *Machine) { m.Hugepages, m.NUMA = true, n }})
 	}
 	for _, v := range []string{"8.2.2", "9.1.0", "9.2.1", "10.0.0", "11.0.0", "11.1.0"} {
 		list = append(list, change{"QEMU " + v, func(m *Machine) { m.QEMU = v }})

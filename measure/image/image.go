@@ -238,7 +238,7 @@ func (m *Measurement) takeContents(t *TDVF) {
 	}
 	contents, err := t.inspect(behind)
 	if err != nil {
-		contents = nil
+		contents, m.assumed = nil, []string{fmt.Sprintf("the firmware's drivers are those of dstack's OVMF, with UiApp and without Secure Boot: they could not be looked at (%v)", err)}
 	}
 	m.variables, m.storeErr = t.measuredVariables(contents)
 	if contents != nil && m.Firmware == "" {

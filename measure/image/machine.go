@@ -62,7 +62,8 @@ type Machine struct {
 
 	PCIHole64  uint64 // size of the 64-bit PCI window in bytes; 0: QEMU's default
 	HotplugOff bool   // ACPI PCI hotplug
-	Hugepages  bool   // memory comes from a NUMA node with huge pages
+	Hugepages  bool   // memory comes from huge pages
+	NUMA       NUMA   // what they make of the machine
 
 	NICs, Volumes    int // Volumes: verity volumes besides the root disk
 	GPUs, NVSwitches int
@@ -97,6 +98,9 @@ func (m *Machine) Check() error {
 		return fmt.Errorf("root disk %d, want virtio or cdrom", int(m.Root))
 	case m.Kernel < 0 || m.Kernel > KernelNormalized:
 		return fmt.Errorf("kernel mode %d, want patched, raw or normalized", int(m.Kernel))
+	}
+	if err := m.checkNUMA(); err != nil {
+		return err
 	}
 	if _, err := ParseFirmwareProfile(string(m.Firmware)); err != nil {
 		return err

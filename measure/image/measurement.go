@@ -26,6 +26,7 @@ type Measurement struct {
 
 	cfvAt      MemoryRange
 	variables  [5][]byte // data of the measured variables
+	assumed    []string  // see Result
 	storeErr   error     // why the variable store makes RTMR0 unknown
 	normalized bool      // metadata.json: kernel_header_normalized
 	kernelErr  error     // why there is no patched kernel
@@ -118,6 +119,9 @@ type Result struct {
 	Root      RootDisk
 	Proven    string // what the QEMU profile was proven against
 
+	// Assumed is what was taken for granted and could not be looked at.
+	Assumed []string
+
 	// OtherMRTD is MRTD in the other page order: the usual mistake. It is a hint, not
 	// a second accepted value.
 	OtherMRTD measure.Digest
@@ -163,7 +167,7 @@ func (m *Measurement) Measure(machine Machine) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Result{QEMU: v.String(), PageOrder: machine.pageOrder(v), PIC: machine.pic(v), OSImageHash: m.OSImageHash}
+	r := &Result{QEMU: v.String(), PageOrder: machine.pageOrder(v), PIC: machine.pic(v), OSImageHash: m.OSImageHash, Assumed: m.assumed}
 	r.Root, r.Firmware = m.rootDisk(machine), m.firmware(machine)
 	r.Kernel = machine.kernelMode(v, m.normalized, r.Firmware)
 	r.MRTD, r.OtherMRTD = m.mrtd(r.PageOrder), m.mrtd(TwoPass+SinglePass-r.PageOrder)

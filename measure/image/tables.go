@@ -35,6 +35,9 @@ func tablesOf(machine Machine, root RootDisk) (*machineTables, error) {
 			proven = fmt.Sprintf("unproven: taken for %v", profile)
 		}
 	}
+	if machine.Hugepages {
+		proven += fmt.Sprintf("; unproven: that hugepages mean NUMA %v", machine.numa())
+	}
 	return &machineTables{[]Event{file(nameLoader, t.Loader), file(nameRSDP, t.RSDP), file(nameTables, t.Tables)}, proven}, nil
 }
 
@@ -67,7 +70,7 @@ func buildTables(machine Machine, root RootDisk) (*acpi.Tables, acpi.Profile, er
 	t, err := acpi.Build(acpi.Machine{
 		QEMU: profile, CPUs: machine.VCPUs, Memory: machine.MemoryBytes, PIC: machine.pic(v), HotplugOff: machine.HotplugOff,
 		CDROM: root == RootCDROM, NICs: machine.NICs, Volumes: machine.Volumes, GPUs: machine.GPUs, NVSwitches: machine.NVSwitches,
-		Hugepages: machine.Hugepages, PCIHole64: machine.PCIHole64,
+		Hugepages: machine.numa() != NUMAOff, Expander: machine.numa() == NUMABridge, PCIHole64: machine.PCIHole64,
 	})
 	if err != nil {
 		return nil, 0, unmodelled("devices", "%v", err)

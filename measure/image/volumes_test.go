@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"tdx-agent/measure/image"
@@ -190,6 +191,20 @@ func TestContentsMeasured(t *testing.T) {
 		}
 	}
 	metadata = nil
+	m, _, err := measured(newFirmware())
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := m.Measure(machine)
+	if err != nil || len(r.Assumed) != 1 || !strings.Contains(r.Assumed[0], "without Secure Boot") {
+		t.Errorf("firmware that is not looked into: assumed %q (%v)", r.Assumed, err)
+	}
+	if m, _, err = measured(withDrivers(setupGUID)); err != nil {
+		t.Fatal(err)
+	}
+	if r, err = m.Measure(machine); err != nil || len(r.Assumed) != 0 {
+		t.Errorf("firmware that was looked into: assumed %q (%v)", r.Assumed, err)
+	}
 	if m, _, err := measured(withDrivers(setupGUID, bootMenuGUID)); m.Firmware != image.Stable202505 || err == nil {
 		t.Errorf("202505: profile %s (%v)", m.Firmware, err)
 	}

@@ -228,6 +228,12 @@ func (td *TD) CCEL() []byte { return encodeCCEL(td.boot) }
 // RootPEM returns the certificate that this TD's quotes and collateral chain to.
 func (td *TD) RootPEM() []byte { return pemChain(td.platform.pki.root) }
 
+// QuoteOf returns a quote of another TD with these registers, which this platform's quoting
+// enclave signs as it signs those of its own.
+func (td *TD) QuoteOf(regs *measure.Registers, rd measure.ReportData) ([]byte, error) {
+	return td.platform.quote(regs, rd)
+}
+
 // Close closes the TD in this process, which ends a call that waits for a quote
 // with EINTR. The machine stays as it is.
 func (td *TD) Close() (err error) {

@@ -5,6 +5,7 @@
 #   (a) the kernel tests and the conformance table of measure/, on three guests: Linux
 #       6.16 and later; 6.7 to 6.15; dstack OS 0.5
 #   (b) the installed units with the agent, on systemd 257 and 252 (agentpayload/)
+#   (c) two machines of different MRTD that attest each other with them
 # With TESTJSON (.ci/testjson.go, built) and RESULTS, Go tests are counted there.
 # Exit: 0 passed, 1 failed, 77 cannot be run.
 set -u
@@ -55,22 +56,32 @@ done
 # EINTR is the business of the tests above, where it is not.
 APPEND="GODEBUG=asyncpreemptoff=1" kernel "Linux 6.16: as the simulated TD" ./measure/tdxsim Conformance
 
-# payload DIR: the agent as it is installed
+# payload DIR: the agent as it is installed. It is built to trust the root of a simulated
+# platform in the place of Intel's: an agent in a machine with the kernel's TDX interfaces
+# takes itself for real, and then accepts nothing simulated.
 payload() {
 	mkdir -p "$1/usr/bin" "$1/usr/lib/systemd/system" "$1/usr/share/doc/tdx-agent"
 	cp -a "$here/agentpayload/." "$1/"
-	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$1/usr/bin/tdx-agent" ./agent || return
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$1/opt/simhost" ./packaging/testbed/simhost || return
+	registers=$("$1/opt/simhost" state "$1/opt/td" "$1/etc/tdx-agent/ccel.root") || return
+	"$1/opt/simhost" collateral "$1/opt/td" > "$1/etc/tdx-agent/collateral.json" || return
+	"$1/opt/simhost" roots "$1/opt/td" remote/dcap/roots.go > "$T/roots.go" || return
+	printf '{"Replace": {"%s": "%s"}}\n' "$root/remote/dcap/roots.go" "$T/roots.go" > "$T/overlay.json"
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -overlay "$T/overlay.json" -o "$1/usr/bin/tdx-agent" ./agent || return
+	# of the first machine and of the second, whose MRTD is another
+	case $registers in 0*) other=1${registers#?} ;; *) other=0${registers#?} ;; esac
+	echo "$registers" > "$1/etc/tdx-agent/registers1"
+	echo "$other" > "$1/etc/tdx-agent/registers2"
 	cp systemd/*.service systemd/*.socket "$1/usr/lib/systemd/system/"
 	cp -r systemd/sysusers.d systemd/tmpfiles.d "$1/usr/lib/"
 	cp -r systemd/system-preset "$1/usr/lib/systemd/"
 	cp -r systemd/drop-ins "$1/usr/share/doc/tdx-agent/"
-	registers=$("$1/opt/simhost" state "$1/etc/tdx-agent/ccel.root")
 }
 mkdir "$T/payload"
 if payload "$T/payload"; then
 	export KTDX="init_mr=$registers"
 	machine "units on systemd of trixie" "$here/vmtest.sh" sys "$T/payload"
+	KTDX2="init_mr=$other" machine "two machines attest each other" "$here/vmtest.sh" syspair "$T/payload"
 	KTDX="report=0 sysfs_mr=0 extend_ioctl=1 $KTDX" machine "units in dstack OS 0.5" "$here/vmtest.sh" sys "$T/payload"
 	old=$VMWORK/root-bookworm.ext4
 	[ -f "$old" ] || { echo "-- root image of bookworm"; "$here/mkrootfs.sh" "$old" bookworm > "$T/rootfs.log" 2>&1 || tail -5 "$T/rootfs.log"; }

@@ -8,7 +8,6 @@ import (
 	"net"
 	"testing"
 
-	"tdx-agent/remote/atls"
 	"tdx-agent/remote/forward"
 )
 
@@ -111,7 +110,7 @@ func BenchmarkForward(b *testing.B) {
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan error, 1)
 		go func() {
-			done <- forward.Inbound(ctx, p.listener, slog.New(slog.DiscardHandler), func(ctx context.Context, _ *atls.Peer) (net.Conn, error) { return dialTCP(out)(ctx) })
+			done <- forward.Inbound(ctx, p.listener, slog.New(slog.DiscardHandler), map[string]forward.Service{"echo": {Dial: dialTCP(out)}})
 		}()
 		b.Cleanup(func() { cancel(); <-done })
 		local := listenTCP(b)

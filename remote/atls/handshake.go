@@ -277,7 +277,7 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 	}
 	own := modeQuote
 	if mode != modeNone {
-		if own, err = h.appraiseClient(ctx, mode, &hello); err != nil {
+		if own, err = h.appraiseClient(ctx, mode, &hello, l.Entries[hello.Service]); err != nil {
 			return 0, err
 		}
 	}
@@ -292,7 +292,7 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 
 // appraiseClient reads and judges the client's evidence, and returns the mode that the
 // client asks of us.
-func (h *handshake) appraiseClient(ctx context.Context, mode string, hello *helloClient) (own string, err error) {
+func (h *handshake) appraiseClient(ctx context.Context, mode string, hello *helloClient, entries []string) (own string, err error) {
 	h.enter(StepWaitEvidence, limitWaitEvidence)
 	st, own, err := h.readStatement(mode, hello.AgentKey)
 	if err != nil {
@@ -303,7 +303,7 @@ func (h *handshake) appraiseClient(ctx context.Context, mode string, hello *hell
 	}
 	h.enter(StepVerify, limitVerify)
 	err = within(ctx, limitVerify, func(ctx context.Context) error {
-		return h.verify(ctx, h.peer, h.of(Client), st, hello.AgentKey, hello.Service, nil)
+		return h.verify(ctx, h.peer, h.of(Client), st, hello.AgentKey, hello.Service, entries)
 	})
 	return own, err
 }

@@ -20,6 +20,9 @@ type ListenerConfig struct {
 	Config
 	// Services are the names that clients may ask for. None means that nobody gets in.
 	Services []string
+	// Entries narrows down which policy entries may accept a client of a service. One
+	// that is not here is for all entries that list the service.
+	Entries map[string][]string
 	// Unattested are the services that take clients which prove nothing, as long as the
 	// policy in force allows it too.
 	Unattested []string
@@ -190,7 +193,7 @@ func (l *Listener) handshaken(raw net.Conn) (*Conn, error) {
 	h, ttl, err := l.talk(ctx, raw)
 	var c *Conn
 	if err == nil {
-		c, err = h.open(ctx, ttl, h.peer.Service, nil)
+		c, err = h.open(ctx, ttl, h.peer.Service, l.cfg.Entries[h.peer.Service])
 	}
 	h.release()
 	if failed := h.finish(err); failed != nil {

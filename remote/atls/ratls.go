@@ -66,7 +66,7 @@ func (e *end) serveRATLS(ctx context.Context, raw net.Conn, l *ListenerConfig) (
 		cfg.ClientAuth = tls.RequestClientCert
 	}
 	h.conn = tls.Server(raw, cfg)
-	ttl, err = h.handshakeRATLS(ctx, cfg, nil, mayBeNobody)
+	ttl, err = h.handshakeRATLS(ctx, cfg, l.Entries[h.peer.Service], mayBeNobody)
 	if err == nil && !h.reserve(l.MaxConnections) {
 		err = &busyError{time.Second}
 	}

@@ -429,3 +429,20 @@ func TestCertificateCache(t *testing.T) {
 		t.Errorf("after its end: %v", err)
 	}
 }
+
+// TestRATLSEntries has a service for other policy entries than the one that fits.
+func TestRATLSEntries(t *testing.T) {
+	observed := make(chan atls.Handshake, 1)
+	p := &pair{server: newMachine(t, "server", false), client: newMachine(t, "client", false)}
+	newPairOf(t, p, weak, func(s, c *atls.Config, l *atls.ListenerConfig) {
+		s.Attester, s.RATLS = nil, &atls.RATLS{Certificate: p.server.certificate(t)}
+		s.Verifier = verifier(t, p.client.entry("client", "echo", weak)+p.client.entry("another", "echo", weak), p.client)
+		s.Observe = func(h atls.Handshake) { observed <- h }
+		c.Attester, c.RATLS = nil, &atls.RATLS{Certificate: p.client.certificate(t)}
+		l.Entries = map[string][]string{"echo": {"another"}}
+	})
+	cert := p.client.attestedLeaf(t, time.Hour)
+	if h := p.show(t, &tls.Config{Certificates: []tls.Certificate{*cert}}, observed); h.Code != atls.CodePolicyDenied {
+		t.Errorf("%+v, want policy_denied: the service is for another entry", h)
+	}
+}

@@ -22,6 +22,9 @@ const (
 	pccsRootCRL  = "/sgx/certification/v4/rootcacrl"
 )
 
+// IntelURLs are where IntelPCS connects to.
+func IntelURLs() []string { return []string{intelPCS, intelRootCRL} }
+
 // source is a server with Intel's PCS API.
 type source struct {
 	name    string

@@ -138,12 +138,10 @@ func (v *Verifier) Signatures(quote []byte) (fmspc [6]byte, ca string, err error
 // quote is genuine; its statuses are in the Report and are not judged here. The error
 // is an [*Error], the Report then nil.
 func (v *Verifier) Verify(ctx context.Context, quote []byte, c *Collateral, at time.Time) (*Report, error) {
-	switch {
-	case c == nil || c.tcb == nil:
-		return nil, &Error{Code: "no_collateral", Stage: stageSetup, Hint: "fetch collateral for the platform first"}
-	case at.IsZero():
-		return nil, &Error{Code: "no_time", Stage: stageSetup, Hint: "give the time at which the quote is judged"}
-	case ctx.Err() != nil:
+	if err := checkSetup(c, ofTD, at); err != nil {
+		return nil, err
+	}
+	if ctx.Err() != nil {
 		return nil, &Error{Code: "canceled", Stage: stageSetup, Err: ctx.Err()}
 	}
 	r, err := v.verify(ctx, quote, c, at)
@@ -151,6 +149,20 @@ func (v *Verifier) Verify(ctx context.Context, quote []byte, c *Collateral, at t
 		return nil, err // not returned as it is: a nil *Error is no nil error
 	}
 	return r, nil
+}
+
+// checkSetup demands a time, and collateral of this technology: the SGX side of a platform
+// says nothing of its TDX side.
+func checkSetup(c *Collateral, of technology, at time.Time) *Error {
+	switch {
+	case c == nil || c.tcb == nil:
+		return &Error{Code: "no_collateral", Stage: stageSetup, Hint: "fetch collateral for the platform first"}
+	case c.of.id != of.id:
+		return &Error{Code: "collateral_technology", Stage: stageSetup, Got: "collateral for " + c.of.id + " quotes", Want: "for " + of.id + " quotes"}
+	case at.IsZero():
+		return &Error{Code: "no_time", Stage: stageSetup, Hint: "give the time at which the quote is judged"}
+	}
+	return nil
 }
 
 func (v *Verifier) verify(ctx context.Context, quote []byte, c *Collateral, at time.Time) (*Report, *Error) {

@@ -60,8 +60,8 @@ func isHostname(s string) bool {
 // String is HOST:PORT.
 func (d Destination) String() string { return net.JoinHostPort(d.host, strconv.Itoa(int(d.port))) }
 
-// isLocal reports that d means this machine by its own words, not by a resolver's.
-func (d Destination) isLocal() bool {
+// IsLocal reports that d is this machine by its own words, not by a resolver's.
+func (d Destination) IsLocal() bool {
 	ip, err := netip.ParseAddr(d.host)
 	return err == nil && ip.IsLoopback() || d.host == localhost
 }

@@ -25,20 +25,73 @@ import (
 // dialTimeout bounds a connection to a local service.
 const dialTimeout = 5 * time.Second
 
-// Inbound accepts channels until ctx ends, and connects each with what dial opens for
-// its service. It closes l.
-func Inbound(ctx context.Context, l *atls.Listener, log *slog.Logger, dial func(ctx context.Context, peer *atls.Peer) (net.Conn, error)) error {
-	return each(ctx, l, maxConnections, func(c net.Conn) {
-		peer, _ := atls.PeerFromConn(c)
-		dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
-		local, err := dial(dialCtx, peer)
-		cancel()
+// Service is a local service that peers reach over channels.
+type Service struct {
+	// Dial connects to it. Required.
+	Dial func(context.Context) (net.Conn, error)
+	// ProxyProtocol sends the header of PROXY protocol version 2 first, with the channel's
+	// addresses and, in a field of type [TLVIdentity], an [Identity]. Whoever else can
+	// connect to the service can send such a header too. Not with HTTP.
+	ProxyProtocol bool
+	// HTTP passes requests on instead of bytes, so that each says who the peer is:
+	// headers X-Attested-App-Id, -Instance-Id, -Compose-Hash, -Image, -Policy-Entry,
+	// -Assurance and -Ref as in [Identity], names escaped as in a URL's path. What the peer
+	// sent under these names, or what could be taken for them, is gone, and so are the
+	// trailers of its requests.
+	HTTP bool
+	// FlashbotsHeaders adds X-Flashbots-Measurement and X-Flashbots-Attestation-Type, with
+	// HTTP. They are removed from what the peer sends in any case.
+	FlashbotsHeaders bool
+}
+
+// Inbound accepts channels until ctx ends, and connects each with its service. It
+// closes l.
+func Inbound(ctx context.Context, l *atls.Listener, log *slog.Logger, services map[string]Service) error {
+	servers := map[string]*httpServer{}
+	for name, s := range services {
+		if s.HTTP {
+			servers[name] = newHTTPServer(ctx, &s, log)
+			defer servers[name].close()
+		}
+	}
+	return each(ctx, l, maxInbound, func(accepted net.Conn) {
+		c := accepted.(*atls.Conn)
+		name := c.Peer().Service
+		if h := servers[name]; h != nil {
+			h.serve(ctx, c)
+			return
+		}
+		s := services[name]
+		local, err := s.connect(ctx, c)
 		if err != nil {
-			log.Warn("the local service does not answer", "service", peer.Service, "ref", peer.Ref, "error", err)
+			log.Warn("the local service does not answer", "service", name, "ref", c.Peer().Ref, "error", err)
 			return
 		}
 		join(ctx, c, local, 0)
 	})
+}
+
+// connect opens a connection to the service for a channel.
+func (s *Service) connect(ctx context.Context, c *atls.Conn) (net.Conn, error) {
+	if s.Dial == nil {
+		return nil, errors.New("there is no such service")
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	local, err := s.Dial(ctx)
+	if err != nil || !s.ProxyProtocol {
+		return local, err
+	}
+	header, err := proxyHeader(c)
+	if err == nil {
+		local.SetWriteDeadline(time.Now().Add(dialTimeout))
+		_, err = local.Write(header)
+		local.SetWriteDeadline(time.Time{})
+	}
+	if err != nil {
+		local.Close()
+	}
+	return local, err
 }
 
 // Outbound accepts local connections until ctx ends, and connects each with a channel
@@ -54,9 +107,12 @@ func Outbound(ctx context.Context, l net.Listener, log *slog.Logger, dial func(c
 	})
 }
 
-// maxConnections bounds what one Inbound or Outbound carries at once. More wait in
-// the listener's queue.
-const maxConnections = 1024
+// Bounds of what one Outbound, and one Inbound, carries at once: more wait in the
+// listener's queue. That of a channel's Listener is its own MaxConnections.
+const (
+	maxConnections = 1024
+	maxInbound     = 1 << 16
+)
 
 // each runs serve for each connection, of most at once, and closes it after that.
 func each(ctx context.Context, l net.Listener, most int, serve func(net.Conn)) error {

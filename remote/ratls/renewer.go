@@ -23,8 +23,8 @@ import (
 const Life = time.Hour
 
 const (
-	backdated  = 5 * time.Minute // notBefore lies so far back: clocks differ
-	issueLimit = 70 * time.Second
+	backdated  = 5 * time.Minute  // notBefore lies so far back: clocks differ
+	issueLimit = 80 * time.Second // an agent waits 70 s for a quote
 	firstRetry = 5 * time.Second
 	lastRetry  = time.Minute
 	// settle keeps an application that records event after event from having as many

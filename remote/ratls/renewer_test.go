@@ -265,3 +265,36 @@ func TestLargeLog(t *testing.T) {
 		}
 	}
 }
+
+// unsure is an attester whose agent does not answer whether anything has changed.
+type unsure struct {
+	*attester
+	asked *int
+}
+
+func (u unsure) Changed(context.Context, *measure.Evidence) error {
+	*u.asked++
+	return errors.New("no agent answers")
+}
+
+// TestChangeUnknown asks seldom enough, and renews in time all the same.
+func TestChangeUnknown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, asked := &attester{t: t}, 0
+		r, err := ratls.NewRenewer(ratls.RenewerConfig{Attester: unsure{a, &asked}, Jitter: func(time.Duration) time.Duration { return 0 }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 40*time.Minute+time.Second)
+		defer cancel()
+		if err := r.Run(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if asked < 30 || asked > 60 {
+			t.Errorf("asked %d times in 40 minutes", asked)
+		}
+		if n := len(a.made()); n != 2 {
+			t.Errorf("%d quotes, want 2", n)
+		}
+	})
+}

@@ -1,25 +1,40 @@
 // Simhost makes a test machine look like one that has booted as a TD:
 //
-//	simhost state FILE   writes the boot event log (CCEL) of a fresh simulated TD and
-//	                     prints its registers as the module takes them (init_mr=)
-//	simhost quotes       answers the module's quote requests, in the machine
+//	simhost state TD FILE   makes a simulated TD in the folder TD, writes its boot event
+//	                        log (CCEL), and prints its registers as the module takes them
+//	                        (init_mr=)
+//	simhost collateral TD   prints the collateral that judges its platform
+//	simhost roots TD FILE   prints remote/dcap/roots.go (FILE) with the root of its platform
+//	                        in the place of Intel's: an agent that is built with it trusts
+//	                        this platform, and no other
+//	simhost quotes TD       answers the module's quote requests, in the machine
 //
-// The quotes have the form of real ones and the body that the module asks for. Their
-// signature is another quote's: they do for an agent, which judges no signature.
+// Quotes have the body that the module asks for, and are signed by the platform of the
+// simulated TD. It helps tests in machines that have few programs, too:
+//
+//	simhost ask ADDRESS TEXT   sends a text to HOST:PORT or a Unix socket, and prints the answer
+//	simhost board ADDRESS DIR  takes notes from another machine: files in DIR
+//	simhost tell ADDRESS NOTE  leaves a note there, within a minute
 package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/measure/tdxsim"
-	"tdx-agent/measure/tsm"
 )
 
 const (
@@ -28,13 +43,26 @@ const (
 	delayFile = "/run/simhost.delay"
 )
 
+// commands take so many arguments.
+var commands = map[string]struct {
+	arguments int
+	run       func(args []string) error
+}{
+	"state":      {2, func(a []string) error { return withTD(a[0], func(td *tdxsim.TD) error { return state(td, a[1]) }) }},
+	"collateral": {1, func(a []string) error { return withTD(a[0], collateral) }},
+	"roots":      {2, func(a []string) error { return withTD(a[0], func(td *tdxsim.TD) error { return roots(td, a[1]) }) }},
+	"quotes":     {1, func(a []string) error { return withTD(a[0], quotes) }},
+	"ask":        {2, func(a []string) error { return ask(a[0], a[1]) }},
+	"board":      {2, func(a []string) error { return board(a[0], a[1]) }},
+	"tell":       {2, func(a []string) error { return tell(a[0], a[1]) }},
+}
+
 func main() {
-	err := errors.New("usage: simhost state FILE | simhost quotes")
-	switch {
-	case len(os.Args) == 3 && os.Args[1] == "state":
-		err = withTD(func(td *tdxsim.TD) error { return state(td, os.Args[2]) })
-	case len(os.Args) == 2 && os.Args[1] == "quotes":
-		err = withTD(quotes)
+	err := errors.New("what to do? see the comment in main.go")
+	if len(os.Args) > 1 {
+		if c, ok := commands[os.Args[1]]; ok && len(os.Args) == 2+c.arguments {
+			err = c.run(os.Args[2:])
+		}
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "simhost:", err)
@@ -42,13 +70,8 @@ func main() {
 	}
 }
 
-func withTD(f func(*tdxsim.TD) error) error {
-	dir, err := os.MkdirTemp("", "simhost")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	td, err := tdxsim.New(dir, tdxsim.Config{})
+func withTD(dir string, f func(*tdxsim.TD) error) error {
+	td, err := tdxsim.Open(dir)
 	if err != nil {
 		return err
 	}
@@ -61,20 +84,44 @@ func state(td *tdxsim.TD, file string) error {
 	if err != nil {
 		return err
 	}
-	all := append([]measure.Digest{r.MRTD, r.MRConfigID, r.MROwner, r.MROwnerConfig}, r.RTMR[:]...)
-	hex := make([]string, len(all))
-	for i, d := range all {
-		hex[i] = d.String()
+	var hex []string
+	for _, d := range registers(&r) {
+		hex = append(hex, d.String())
 	}
 	fmt.Println(strings.Join(hex, ","))
 	return os.WriteFile(file, td.CCEL(), 0o400)
 }
 
-func quotes(td *tdxsim.TD) error {
-	sample, err := sampleQuote(td)
+// registers are in the order of a TDREPORT and of init_mr.
+func registers(r *measure.Registers) []*measure.Digest {
+	return []*measure.Digest{&r.MRTD, &r.MRConfigID, &r.MROwner, &r.MROwnerConfig, &r.RTMR[0], &r.RTMR[1], &r.RTMR[2], &r.RTMR[3]}
+}
+
+func collateral(td *tdxsim.TD) error {
+	b, err := td.Collateral()
 	if err != nil {
 		return err
 	}
+	_, err = os.Stdout.Write(b)
+	return err
+}
+
+var intelRoot = regexp.MustCompile(`(?s)var intelRoot = \[32\]byte\{.*?\n\}`)
+
+func roots(td *tdxsim.TD, file string) error {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	if len(intelRoot.FindAll(b, -1)) != 1 {
+		return fmt.Errorf("%s has no intelRoot to replace", file)
+	}
+	block, _ := pem.Decode(td.RootPEM())
+	_, err = os.Stdout.Write(intelRoot.ReplaceAll(b, fmt.Appendf(nil, "var intelRoot = %#v", sha256.Sum256(block.Bytes))))
+	return err
+}
+
+func quotes(td *tdxsim.TD) error {
 	host, err := os.OpenFile(requests, os.O_RDWR, 0)
 	if err != nil {
 		return err
@@ -92,7 +139,10 @@ func quotes(td *tdxsim.TD) error {
 			}
 			time.Sleep(d)
 		}
-		quote := fill(sample, request[8:])
+		quote, err := quoteOf(td, request[8:])
+		if err != nil {
+			return err
+		}
 		answer := binary.LittleEndian.AppendUint32(request[:8:8], 0) // no error
 		answer = binary.LittleEndian.AppendUint32(answer, uint32(len(quote)))
 		if _, err := host.Write(append(answer, quote...)); err != nil {
@@ -101,22 +151,63 @@ func quotes(td *tdxsim.TD) error {
 	}
 }
 
-// fill puts what a TDREPORT says into a version 4 quote: attributes, XFAM and the
-// eight measurements, which both have in the same order, and the report data.
-func fill(sample, report []byte) []byte {
-	q := append([]byte(nil), sample...)
-	copy(q[48+120:568], report[512:])
-	copy(q[568:632], report[128:192])
-	return q
+// quoteOf makes a quote of what a TDREPORT says: the report data, and after attributes and
+// XFAM the eight measurements.
+func quoteOf(td *tdxsim.TD, report []byte) ([]byte, error) {
+	var r measure.Registers
+	for i, d := range registers(&r) {
+		copy(d[:], report[528+48*i:])
+	}
+	return td.QuoteOf(&r, measure.ReportData(report[128:192]))
 }
 
-func sampleQuote(td *tdxsim.TD) ([]byte, error) {
-	reports, err := tsm.OpenReports(tsm.ReportsConfig{Client: td.Client()})
-	if err != nil {
-		return nil, err
+func ask(address, text string) error {
+	network := "tcp"
+	if strings.HasPrefix(address, "/") {
+		network = "unix"
 	}
-	defer reports.Close()
+	c, err := net.DialTimeout(network, address, 10*time.Second)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(60 * time.Second))
+	if _, err := io.WriteString(c, text); err != nil {
+		return err
+	}
+	c.(interface{ CloseWrite() error }).CloseWrite()
+	_, err = io.Copy(os.Stdout, c)
+	return err
+}
+
+func board(address, dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return http.ListenAndServe(address, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if err := os.WriteFile(filepath.Join(dir, filepath.Base(r.URL.Path)), nil, 0o600); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+		}
+	}))
+}
+
+func tell(address, note string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	return reports.Quote(ctx, measure.ReportData{})
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPut, "http://"+address+"/"+note, nil)
+		if err != nil {
+			return err
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err == nil {
+			resp.Body.Close()
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
 }

@@ -30,7 +30,7 @@ inside() { nsenter -t "$(prop $S MainPID)" -m -- "$@"; }
 poll() { i=$(($1*10)); shift; while [ $i -gt 0 ]; do "$@" >/dev/null 2>&1 && return; sleep 0.1; i=$((i-1)); done; return 1; }
 
 finish() {
-	[ $bad = 0 ] || journalctl -q -u tdx-agent -u tdx-agent-measure -o short-monotonic --no-pager | tail -60
+	[ $bad = 0 ] || journalctl -q -u 'tdx-agent*' -o short-monotonic --no-pager | tail -60
 	echo "$n checks, bad=$bad"
 	exit $bad
 }
@@ -39,7 +39,9 @@ systemd-analyze --version | head -1
 [ -e $RTMR3 ] || { . /opt/old-kernel.sh; finish; }
 export SYSTEMD_COLORS=0
 echo 20 > $K/poll_ms
-systemd-run --quiet --unit=simhost /opt/simhost quotes # the module's own quote is too short
+systemd-run --quiet --unit=simhost /opt/simhost quotes /opt/td # the module's own quote is too short
+id=$(sed -n 's/.*vmid=\([0-9]\).*/\1/p' /proc/cmdline)
+[ -z "$id" ] || { . /opt/pair.sh; finish; }
 zero=$(rtmr3)
 
 echo "== install"
@@ -49,7 +51,7 @@ chmod 400 /etc/tdx-agent/ccel.root; chown root:root /etc/tdx-agent/ccel.root
 systemctl daemon-reload
 cd /usr/lib/systemd/system
 check "verify is clean" sh -c 'o=$(systemd-analyze verify tdx-agent*.service tdx-agent*.socket 2>&1); echo "$o"; ! echo "$o" | grep -q tdx-agent'
-for u in tdx-agent tdx-agent-measure; do
+for u in tdx-agent tdx-agent-measure tdx-agent-endpoint tdx-agent-connect tdx-agent-egress; do
 	check "$u.service has an exposure of at most 1.5" systemd-analyze security --offline=true --threshold=15 --no-pager $u.service
 	tail -1 $out
 done
@@ -163,6 +165,8 @@ gone() { p=$(prop $S MainPID); [ "$p" != 0 ] && [ "$p" != "$pid" ]; }
 check "a stuck agent is replaced" poll 20 gone
 check "answers again" tdx-agent quote
 rm -r /run/systemd/system/$S.d; systemctl daemon-reload
+
+. /opt/endpoint.sh
 
 echo "== a wrong configuration"
 cp /etc/tdx-agent/agent.toml /tmp/agent.toml; echo 'nonsense = 1' >> /etc/tdx-agent/agent.toml
