@@ -174,19 +174,48 @@ func (v *Verifier) verify(ctx context.Context, quote []byte, c *Collateral, at t
 	if err != nil {
 		return nil, err
 	}
-	stale, err := v.applicable(a.chain, c, at)
+	sum := sha256.Sum256(quote[:len(quote)-len(q.Trailing)])
+	return v.report(ctx, &verified{v, quote, q, a, sum}, c, at)
+}
+
+// verified is a quote whose every signature holds, which is so for ever.
+type verified struct {
+	by    *Verifier
+	bytes []byte
+	quote *measure.Quote
+	*attestation
+	sha256 [32]byte
+}
+
+// report judges what time and collateral decide.
+func (v *Verifier) report(ctx context.Context, q *verified, c *Collateral, at time.Time) (*Report, *Error) {
+	stale, err := v.applicable(q.chain, c, at)
 	if err != nil {
 		return nil, err
 	}
-	verdict, err := v.judge(q, a, c)
+	verdict, err := v.judge(q.quote, q.attestation, c)
 	if err != nil {
 		return nil, err
 	}
-	opinion, err := v.opinion(ctx, quote[:len(quote)-len(q.Trailing)], a.chain, at)
+	opinion, err := v.opinion(ctx, q.bytes[:len(q.bytes)-len(q.quote.Trailing)], q.chain, at)
 	if err != nil {
 		return nil, err
 	}
-	return report(quote, q, a, c, verdict, stale, opinion), nil
+	return newReport(q, c, verdict, stale, opinion), nil
+}
+
+// VerifyAgain is Verify of the quote that r is about, by today's collateral and time.
+// Where this Verifier has made r, only the quote's signatures are not checked once more:
+// what they cover has not changed, nor may the caller have changed it.
+func (v *Verifier) VerifyAgain(ctx context.Context, r *Report, c *Collateral, at time.Time) (*Report, error) {
+	if r.verified.by != v || c == nil || c.tcb == nil || at.IsZero() || ctx.Err() != nil {
+		return v.Verify(ctx, r.verified.bytes, c, at)
+	}
+	again, err := v.report(ctx, r.verified, c, at)
+	if err != nil {
+		return nil, err
+	}
+	return again, nil
 }
 
 func (v *Verifier) parse(quote []byte) (*measure.Quote, *signatureData, *Error) {
