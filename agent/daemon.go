@@ -242,6 +242,7 @@ func (d *daemon) registers() (measure.Registers, error) {
 func (d *daemon) background(ctx context.Context) {
 	tick := time.NewTicker(checkEvery)
 	defer tick.Stop()
+	here := d.keys.here
 	for {
 		if d.attester.LastQuote() == nil && d.backend.quoter != nil {
 			if _, err := d.Evidence(ctx, measure.ReportData{}, guestapi.Caller{}); err != nil && ctx.Err() == nil {
@@ -254,6 +255,8 @@ func (d *daemon) background(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-here: // now there can be a certificate
+			here = nil
 		case <-tick.C:
 		}
 		if err := d.alive(ctx); err != nil && ctx.Err() == nil {
