@@ -185,6 +185,17 @@ type pair struct {
 	dialer         *atls.Dialer
 	failures       atls.Failures // of the server
 	address        string
+	pipes          pipes // instead of TCP, if it is made
+}
+
+// connect makes a connection below TLS to the server.
+func (p *pair) connect(ctx context.Context, network, address string) (net.Conn, error) {
+	if p.pipes == nil {
+		return new(net.Dialer).DialContext(ctx, network, address)
+	}
+	theirs, ours := net.Pipe()
+	p.pipes <- ours
+	return theirs, nil
 }
 
 type option func(server, client *atls.Config, l *atls.ListenerConfig)
@@ -198,6 +209,7 @@ func newPair(t testing.TB, more string, options ...option) *pair {
 // newPairOf makes a pair of machines that are there.
 func newPairOf(t testing.TB, p *pair, more string, options ...option) *pair {
 	t.Helper()
+	nothingStays(t)
 	sc := atls.Config{Verifier: verifier(t, p.client.entry("client", "echo", more), p.client), Attester: p.server.attester(t), Observe: p.failures.Add}
 	cc := atls.Config{Verifier: verifier(t, p.server.entry("server", "other", more), p.server), Attester: p.client.attester(t)}
 	lc := atls.ListenerConfig{Services: []string{"echo"}, PerSecond: 10000, Burst: 10000}
@@ -205,15 +217,18 @@ func newPairOf(t testing.TB, p *pair, more string, options ...option) *pair {
 		o(&sc, &cc, &lc)
 	}
 	lc.Config = sc
-	inner, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	var inner net.Listener = p.pipes
+	var err error
+	if p.pipes == nil {
+		if inner, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if p.listener, err = atls.NewListener(inner, lc); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.listener.Close() })
-	if p.dialer, err = atls.NewDialer(cc, nil); err != nil {
+	if p.dialer, err = atls.NewDialer(cc, p.connect); err != nil {
 		t.Fatal(err)
 	}
 	p.address = inner.Addr().String()
