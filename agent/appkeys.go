@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"tdx-agent/agent/guestapi"
 	"tdx-agent/agent/keys"
@@ -15,8 +16,9 @@ import (
 // boot step has finished nobody knows whose they are.
 type appKeys struct {
 	provider keys.Provider
-	absent   error // why there is no provider
-	remote   bool  // across the network: only the background asks the provider
+	absent   error         // why there is no provider
+	remote   bool          // not on this machine: only the background asks the provider
+	patience time.Duration // with a remote provider, for one try
 
 	mu      sync.Mutex // guards what follows
 	app     *keys.App
@@ -25,9 +27,9 @@ type appKeys struct {
 }
 
 // newAppKeys chooses where the keys come from: .appkeys.json where there is one, else
-// the KMS that is configured or nil, else a fresh seed for an application that asks for no
-// provider.
-func newAppKeys(cfg *Config, hostShared string, dir runtimeDir, files *measure.GuestFiles, kms *keys.KMS) *appKeys {
+// the remote provider that is configured, both of which may be nil, else a fresh seed for
+// an application that asks for no provider.
+func newAppKeys(cfg *Config, hostShared string, dir runtimeDir, files *measure.GuestFiles, kms *keys.KMS, local *keys.Local) *appKeys {
 	switch {
 	case files == nil:
 		return &appKeys{absent: exitf(exitConfig, "no keys: the application's files could not be read when the agent started")}
@@ -41,7 +43,10 @@ func newAppKeys(cfg *Config, hostShared string, dir runtimeDir, files *measure.G
 		}
 		return &appKeys{provider: keys.File{Path: path, KMS: kms}}
 	case files.Compose.KeyProvider == measure.KeyProviderKMS && kms != nil:
-		return &appKeys{provider: kms, remote: true, pending: &pendingKeys{}}
+		patience := time.Duration(len(cfg.Keys.KMS.URLs)) * (2*cfg.Keys.KMS.Timeout + quoteWait)
+		return &appKeys{provider: kms, remote: true, patience: patience, pending: &pendingKeys{}}
+	case files.Compose.KeyProvider == measure.KeyProviderLocal && local != nil:
+		return &appKeys{provider: local, remote: true, patience: cfg.Keys.Local.Timeout + quoteWait, pending: &pendingKeys{}}
 	case files.Compose.KeyProvider != measure.KeyProviderNone:
 		return &appKeys{absent: exitf(exitConfig, "no keys: app-compose.json asks for key provider %q, and there is no .appkeys.json with its keys and no [keys] table that says where to get them", files.Compose.KeyProvider)}
 	}

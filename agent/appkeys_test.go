@@ -101,7 +101,7 @@ func TestChoiceOfKeys(t *testing.T) {
 		"file by its path": {&file, "/h", "/c/keys", keys.File{Path: "/c/keys"}, ""},
 	} {
 		cfg.Boot.AppKeys = c.appKeys
-		k := newAppKeys(cfg, c.hostShared, dir, c.files, nil)
+		k := newAppKeys(cfg, c.hostShared, dir, c.files, nil, nil)
 		if k.provider != c.want || (k.absent == nil) != (c.words == "") {
 			t.Errorf("%s: %v, %v", name, k.provider, k.absent)
 		}

@@ -55,13 +55,11 @@ Exit status 6 when the record is not what the agent has written.`,
 				return showAudit(cmd, args[0], nil, head)
 			}
 			return withAgent(cmd, g, 30*time.Second, func(ctx context.Context, dir runtimeDir) error {
-				// The agent is asked first: the record may grow before it is read, but not shrink.
-				var s status.Status
-				if err := callJSON(ctx, dir.agentSocket(), "/v1/status", &s); err != nil {
-					fmt.Fprintf(cmd.ErrOrStderr(), "the head was compared with nothing: %v\n", err)
-					return showAudit(cmd, dir.log(), nil, head)
-				}
-				return showAudit(cmd, dir.log(), &s.Audit, head)
+				return showAudit(cmd, dir.log(), func() (status.Audit, error) {
+					var s status.Status
+					err := callJSON(ctx, dir.agentSocket(), "/v1/status", &s)
+					return s.Audit, err
+				}, head)
 			})
 		},
 	}
@@ -70,10 +68,10 @@ Exit status 6 when the record is not what the agent has written.`,
 	return cmd
 }
 
-// showAudit verifies the record in dir, and that it reaches what the agent says, if it
-// could be asked, and the head, if one is given.
-func showAudit(cmd *cobra.Command, dir string, agent *status.Audit, head string) error {
-	chain, err := audit.Verify(dir)
+// showAudit verifies the record in dir, and that it ends as the agent says, whom ask asks
+// unless it is nil, and holds the head, if one is given.
+func showAudit(cmd *cobra.Command, dir string, ask func() (status.Audit, error), head string) error {
+	chain, asked, err := verifyAudit(cmd, dir, ask)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return exitf(exitDenied, "%v: the audit record is for root and the agent's user", err)
@@ -84,13 +82,10 @@ func showAudit(cmd *cobra.Command, dir string, agent *status.Audit, head string)
 	case chain == nil:
 		return err
 	}
-	if err == nil && agent != nil {
-		err = chain.Reaches(agent.Seq, agent.Head)
-	}
 	if err == nil && head != "" {
 		err = chain.Holds(head)
 	}
-	r := auditReply{Schema: auditSchema, Verified: err == nil, HeadChecked: (agent != nil || head != "") && err == nil, Lines: chain.Entries}
+	r := auditReply{Schema: auditSchema, Verified: err == nil, HeadChecked: (asked || head != "") && err == nil, Lines: chain.Entries}
 	if r.Seq, r.Head = chain.Head(); r.Lines == nil {
 		r.Lines = []audit.Entry{}
 	}
@@ -108,6 +103,24 @@ func showAudit(cmd *cobra.Command, dir string, agent *status.Audit, head string)
 		return withExit(exitEvidence, fmt.Errorf("audit record: %w", err))
 	}
 	return nil
+}
+
+// verifyAudit asks the agent before and after: meanwhile the record may grow, and no more.
+func verifyAudit(cmd *cobra.Command, dir string, ask func() (status.Audit, error)) (chain *audit.Chain, asked bool, err error) {
+	var before, after status.Audit
+	if ask != nil {
+		before, err = ask()
+		if asked = err == nil; !asked {
+			fmt.Fprintf(cmd.ErrOrStderr(), "the head was compared with nothing: %v\n", err)
+		}
+	}
+	if chain, err = audit.Verify(dir); err != nil || !asked {
+		return chain, asked, err
+	}
+	if after, err = ask(); err != nil {
+		return nil, asked, err
+	}
+	return chain, asked, chain.Between(before.Seq, before.Head, after.Seq)
 }
 
 func printAudit(cmd *cobra.Command, r auditReply) error {

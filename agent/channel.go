@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
+	"sync"
 	"time"
 
 	"tdx-agent/agent/guestapi"
@@ -153,7 +154,29 @@ type channelAttester struct {
 	key      [32]byte
 	isReal   bool
 	loosened map[string]any
+	client   *http.Client // keeps connections: a signature costs less than a new one
+
+	mu     sync.Mutex // guards what follows
+	text   string     // of the last event log
+	events []measure.Event
 }
+
+// eventLog reads an event log, which is mostly the last one.
+func (a *channelAttester) eventLog(text []byte) ([]measure.Event, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.text != "" && a.text == string(text) {
+		return a.events, nil
+	}
+	events, err := measure.ParseEventLog(text)
+	if err == nil {
+		a.text, a.events = string(text), events
+	}
+	return events, err
+}
+
+// channelIdle is how long a connection to channel.sock is kept: less than serve does.
+const channelIdle = 5 * time.Second
 
 func newChannelAttester(ctx context.Context, dir runtimeDir) (*channelAttester, error) {
 	var answer channelKeyReply
@@ -163,7 +186,8 @@ func newChannelAttester(ctx context.Context, dir runtimeDir) (*channelAttester, 
 	if len(answer.AgentKey) != 32 {
 		return nil, fmt.Errorf("the agent's key has a hash of %d bytes, want 32", len(answer.AgentKey))
 	}
-	return &channelAttester{dir.channelSocket(), [32]byte(answer.AgentKey), !answer.Simulated, answer.Loosened}, nil
+	return &channelAttester{socket: dir.channelSocket(), key: [32]byte(answer.AgentKey), isReal: !answer.Simulated, loosened: answer.Loosened,
+		client: &http.Client{Transport: &http.Transport{DialContext: dialUnix(dir.channelSocket()), MaxIdleConnsPerHost: 8, IdleConnTimeout: channelIdle}}}, nil
 }
 
 // AgentKey implements atls.Attester.
@@ -180,7 +204,7 @@ func (a *channelAttester) Attest(ctx context.Context, s *atls.Session, keyMode b
 	if err != nil {
 		return nil, err
 	}
-	b, err := call(ctx, a.socket, http.MethodPost, "/v1/attest", body)
+	b, err := callWith(ctx, a.client, a.socket, http.MethodPost, "/v1/attest", body)
 	if err != nil {
 		return nil, err
 	}
@@ -192,7 +216,7 @@ func (a *channelAttester) Attest(ctx context.Context, s *atls.Session, keyMode b
 	if keyMode {
 		return st, nil
 	}
-	events, err := measure.ParseEventLog(answer.EventLog)
+	events, err := a.eventLog(answer.EventLog)
 	st.Evidence = &measure.Evidence{Quote: answer.Quote, Events: events, VMConfig: answer.VMConfig}
 	return st, err
 }

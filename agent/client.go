@@ -22,15 +22,25 @@ const maxReply = 16 << 20
 // call asks the agent on one of its sockets. Its refusals come back with the exit
 // status that the agent gave them.
 func call(ctx context.Context, socket, method, path string, body []byte) ([]byte, error) {
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	return callWith(ctx, &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: dialUnix(socket)}}, socket, method, path, body)
+}
+
+// dialUnix connects to a socket, whatever address a URL names.
+func dialUnix(socket string) dialFunc {
+	return func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	}}}
+	}
+}
+
+// callWith is call with a client of one's own.
+func callWith(ctx context.Context, client *http.Client, socket, method, path string, body []byte) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://localhost"+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
+		req.Header["Idempotency-Key"] = nil // is not sent: the client may try again where a kept connection has ended
 	}
 	resp, err := client.Do(req)
 	if err != nil {

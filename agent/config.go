@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/remote/tomlfile"
@@ -85,7 +84,7 @@ func newConfig() *Config {
 		Sockets:         SocketsConfig{Dstack: "/run/dstack.sock", Tappd: "/run/tappd.sock"},
 		Limits:          defaultLimits(),
 		Compat:          CompatConfig{RawReportData: true, GPUInfo: "/run/nvidia-gpu-attestation/attestation.out"},
-		Keys:            KeysConfig{KMS: KMSConfig{URLs: []string{}, Collateral: []string{}, PCCS: []string{}, Timeout: time.Minute}},
+		Keys:            newKeysConfig(),
 		Egress:          newEgressConfig(),
 		Endpoint:        newEndpointConfig(),
 		RATLS:           newRATLSConfig(),
@@ -153,7 +152,7 @@ func (c *Config) check() error {
 		c.Limits.check,
 		func() error { return checkApplications(c.Applications) },
 		c.Worker.check,
-		c.Keys.KMS.check,
+		c.Keys.check,
 	} {
 		if err := check(); err != nil {
 			return err
@@ -185,6 +184,7 @@ func (c *Config) loosened() map[string]any {
 	for i := range c.Applications {
 		c.Applications[i].loosened(m)
 	}
+	c.Keys.loosened(m)
 	return m
 }
 
@@ -196,6 +196,7 @@ func (c *Config) tighten() {
 	c.Compat.FullAccess = def.Compat.FullAccess
 	c.Services = tightServices(c.Services)
 	c.RATLS.Endpoint = def.RATLS.Endpoint
+	c.Keys.Local.TCBStatus = def.Keys.Local.TCBStatus
 	c.Applications = tightened(c.Applications)
 }
 

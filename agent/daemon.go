@@ -78,7 +78,11 @@ func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *
 	if faulty != nil {
 		return nil, faulty
 	}
-	d.keys = newAppKeys(cfg, hostShared, dir, files, kms)
+	local, faulty := d.newLocal()
+	if faulty != nil {
+		return nil, faulty
+	}
+	d.keys = newAppKeys(cfg, hostShared, dir, files, kms, local)
 	if err := d.loadChannelKey(); err != nil {
 		return nil, err
 	}

@@ -81,6 +81,12 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 		}
 		cfg.Attester, f.isReal = attester, attester.isReal
 	}
+	var certificates *certificateAttester
+	if isAttested && f.ratls {
+		if certificates, err = f.certificateAttester(ctx, g); err != nil {
+			return cfg, nil, err
+		}
+	}
 	v, store, err := f.verifier(ctx, log)
 	if err != nil {
 		return cfg, nil, err
@@ -92,7 +98,7 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 	}
 	reload = f.reloader(v, store, log)
 	if f.ratls {
-		cfg.RATLS, reload.renewer, err = ratlsEnd(ctx, g, log, isAttested)
+		cfg.RATLS, reload.renewer, err = ratlsEnd(g, log, certificates)
 	}
 	return cfg, reload, err
 }

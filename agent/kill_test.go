@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"tdx-agent/agent/audit"
 	"tdx-agent/measure"
 )
 
@@ -81,7 +82,7 @@ func shortDir(t *testing.T) runtimeDir {
 
 // TestKilledAnywhere kills the real process at random moments while it extends
 // RTMR3 for several callers. Whenever it comes back, the log explains the register
-// and holds every event that a caller was told of.
+// and holds every event that a caller was told of. So does the audit record.
 func TestKilledAnywhere(t *testing.T) {
 	kills := 200
 	if s := os.Getenv("TDX_AGENT_KILLS"); s != "" {
@@ -110,6 +111,7 @@ func TestKilledAnywhere(t *testing.T) {
 		p = startAgent(t, dir, args...)
 		p.answering()
 		checkLog(t, fmt.Sprintf("kill %d", i), p.eventLog(), acknowledged)
+		checkAudit(t, fmt.Sprintf("kill %d", i), dir, acknowledged)
 	}
 	p.kill()
 }
@@ -178,6 +180,23 @@ func checkLog(t *testing.T, what string, doc *logDocument, acknowledged map[stri
 	for name := range acknowledged {
 		if !seen[name] {
 			t.Fatalf("%s: event %q was acknowledged and is not in the log", what, name)
+		}
+	}
+}
+
+func checkAudit(t *testing.T, what string, dir runtimeDir, acknowledged map[string]bool) {
+	t.Helper()
+	chain, err := audit.Verify(dir.log())
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	seen := map[string]bool{}
+	for _, e := range chain.Entries {
+		seen[e.Name] = seen[e.Name] || e.Result == audit.OK
+	}
+	for name := range acknowledged {
+		if !seen[name] {
+			t.Fatalf("%s: event %q was acknowledged and is not in the audit record", what, name)
 		}
 	}
 }

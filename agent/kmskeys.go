@@ -21,7 +21,29 @@ import (
 
 // KeysConfig says where an application's keys come from when it asks for a provider.
 type KeysConfig struct {
-	KMS KMSConfig `toml:"kms"`
+	KMS   KMSConfig   `toml:"kms"`
+	Local LocalConfig `toml:"local"`
+}
+
+func newKeysConfig() KeysConfig {
+	return KeysConfig{
+		KMS:   KMSConfig{URLs: []string{}, Collateral: []string{}, PCCS: []string{}, Timeout: time.Minute},
+		Local: LocalConfig{TCBStatus: []string{string(dcap.UpToDate)}, Timeout: time.Minute},
+	}
+}
+
+func (c *KeysConfig) check() error {
+	if err := c.KMS.check(); err != nil {
+		return err
+	}
+	return c.Local.check()
+}
+
+// loosened adds what loosens a default.
+func (c *KeysConfig) loosened(m map[string]any) {
+	if c.Local.URL != "" && !slices.Equal(c.Local.TCBStatus, newKeysConfig().Local.TCBStatus) {
+		m["keys.local.tcb_status"] = c.Local.TCBStatus
+	}
 }
 
 // KMSConfig says which key management services there are, and whom to take for one.
@@ -58,10 +80,7 @@ func (c *KMSConfig) check() error {
 			return fmt.Errorf("keys.kms.collateral: %q is not an absolute path", path)
 		}
 	}
-	if c.Timeout < time.Second || c.Timeout > 10*time.Minute {
-		return fmt.Errorf("keys.kms.timeout is %s, want 1s to 10m", c.Timeout)
-	}
-	return nil
+	return checkKeyTimeout("keys.kms.timeout", c.Timeout)
 }
 
 // newKMS makes the client of the KMS that is configured; nil if none is. It connects to
@@ -110,14 +129,14 @@ func (d *daemon) keepKeys(ctx context.Context) {
 	for wait := firstKeyWait; ; wait = min(2*wait, maxKeyWait) {
 		err := d.fetchKeys(ctx, wait)
 		if err == nil {
-			d.log.Info("the application's keys are here", "provider", d.cfg.Keys.KMS.URLs)
+			d.log.Info("the application's keys are here", "provider", d.files.Compose.KeyProvider)
 			return
 		}
 		if now := err.Error(); now != told && ctx.Err() == nil {
 			d.log.Warn("no keys for the application yet; they will be asked for again", "error", now)
 			told = now
 		}
-		if !errors.As(err, new(*keys.KMSError)) {
+		if !errors.As(err, new(*keys.KMSError)) && !errors.As(err, new(*keys.LocalError)) {
 			wait = firstKeyWait // nobody was asked: it is this machine that is not ready
 		}
 		select {
@@ -137,7 +156,7 @@ const (
 // fetchKeys tries once. After a failure it leaves for callers what it was, and when there
 // is another try.
 func (d *daemon) fetchKeys(ctx context.Context, wait time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Duration(1+len(d.cfg.Keys.KMS.URLs))*(2*d.cfg.Keys.KMS.Timeout)+quoteWait)
+	ctx, cancel := context.WithTimeout(ctx, d.keys.patience)
 	defer cancel()
 	app, err := d.keys.provider.App(ctx)
 	if err == nil {
@@ -167,7 +186,7 @@ type pendingKeys struct {
 
 func (p *pendingKeys) Error() string {
 	if p.err == nil {
-		return "the application's keys are not here yet: its KMS is being asked"
+		return "the application's keys are not here yet: their provider is being asked"
 	}
 	return fmt.Sprintf("the application's keys are not here yet: %v", p.err)
 }

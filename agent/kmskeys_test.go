@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"tdx-agent/agent/keys"
 	"tdx-agent/agent/keys/kmstest"
 	"tdx-agent/measure"
 	"tdx-agent/measure/tdxsim"
@@ -287,6 +288,50 @@ func TestKMSConfig(t *testing.T) {
 		_, err := loadConfig(path)
 		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestLocalKeysConfig(t *testing.T) {
+	const good = "url = \"vsock://2:12000/api\"\ncollateral = \"/etc/sgx.json\"\n"
+	for name, c := range map[string]struct{ text, want string }{
+		"good":                 {good, ""},
+		"hardening":            {good + "tcb_status = [\"UpToDate\", \"SWHardeningNeeded\"]\n", ""},
+		"collateral alone":     {"collateral = \"/etc/sgx.json\"\n", "keys.local.url is empty"},
+		"no collateral":        {"url = \"vsock://2:12000/api\"\n", "without one no key provider is accepted"},
+		"TCP":                  {"url = \"http://2:12000/api\"\n", "want vsock://CID:PORT/PATH"},
+		"no port":              {"url = \"vsock://2/api\"\n", "want vsock://CID:PORT/PATH"},
+		"a name":               {"url = \"vsock://host:1/api\"\n", "want vsock://CID:PORT/PATH"},
+		"out of date accepted": {good + "tcb_status = [\"OutOfDate\"]\n", "keys.local.tcb_status"},
+		"nothing accepted":     {good + "tcb_status = []\n", "nothing could match"},
+		"impatient":            {good + "timeout = \"1ms\"\n", "keys.local.timeout"},
+	} {
+		path := filepath.Join(t.TempDir(), "agent.toml")
+		check(t, os.WriteFile(path, []byte("[keys.local]\n"+c.text), 0o600))
+		cfg, err := loadConfig(path)
+		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err == nil {
+			if _, loose := cfg.loosened()["keys.local.tcb_status"]; loose != (name == "hardening") {
+				t.Errorf("%s: loosened %v", name, cfg.loosened())
+			}
+			cfg.tighten()
+			if len(cfg.loosened()) != 0 {
+				t.Errorf("%s: still loosened: %v", name, cfg.loosened())
+			}
+		}
+	}
+}
+
+// TestRemoteProviders chooses the one that the application asks for.
+func TestRemoteProviders(t *testing.T) {
+	cfg, kms, local := newConfig(), new(keys.KMS), new(keys.Local)
+	for kind, want := range map[measure.KeyProviderKind]keys.Provider{measure.KeyProviderKMS: kms, measure.KeyProviderLocal: local, measure.KeyProviderTPM: nil} {
+		files := *measure.SampleApp()
+		files.Compose.KeyProvider = kind
+		if k := newAppKeys(cfg, "", runtimeDir("/r"), &files, kms, local); k.provider != want || k.remote != (want != nil) || (k.absent == nil) != (want != nil) {
+			t.Errorf("%s: %v, remote %v, absent %v", kind, k.provider, k.remote, k.absent)
 		}
 	}
 }

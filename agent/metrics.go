@@ -83,6 +83,8 @@ func (d *daemon) exposition(ctx context.Context) *status.Exposition {
 	e.Counter("rtmr_foreign_extends_total", "Times that a register was found to differ from its log.", status.Value(float64(d.metrics.foreign.Load())))
 	d.exposeQuotes(e, &s.Quotes)
 	e.Counter("api_requests_total", "Calls to the sockets of applications, by method and HTTP status.", d.metrics.calls.Samples()...)
+	e.Gauge("audit_writable", "Whether the audit record can be written; only then are keys given.", status.Flag(s.Audit.Problem == ""))
+	e.Counter("audit_lines_total", "Lines in the chain of the audit record.", status.Value(float64(s.Audit.Seq)))
 	return e
 }
 

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"tdx-agent/agent/guestapi"
 	"tdx-agent/measure"
 	"tdx-agent/remote/ratls"
 )
@@ -54,16 +55,20 @@ type certificateReply struct {
 	VMConfig string          `json:"vm_config"`
 }
 
-// changedReply says whether RTMR3 or the vm_config are others than were asked about.
+// changedReply says whether RTMR3 or the vm_config are others than were asked about, and
+// whether the TD is a simulated one.
 type changedReply struct {
-	Changed bool `json:"changed"`
+	Changed   bool `json:"changed"`
+	Simulated bool `json:"simulated"`
 }
 
 // certificateRoutes adds what RA-TLS certificates need to channel.sock.
 func (d *daemon) certificateRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("POST /v1/certificate-evidence", func(w http.ResponseWriter, r *http.Request) {
 		extendDeadlines(w, quoteWait)
+		start := time.Now()
 		answer, err := d.attestCertificate(r)
+		d.recordRequest(r, socketChannel, guestapi.Record{Method: "certificate-evidence", Class: guestapi.ClassQuote, Took: time.Since(start)}, err)
 		if err != nil {
 			d.report(err)
 			replyError(w, err)
@@ -82,7 +87,7 @@ func (d *daemon) certificateRoutes(mux *http.ServeMux) {
 			replyError(w, err)
 			return
 		}
-		reply(w, http.StatusOK, changedReply{changed})
+		reply(w, http.StatusOK, changedReply{changed, d.backend.simulated})
 	})
 }
 

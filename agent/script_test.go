@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -24,6 +25,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"tdx-agent/agent/audit"
 	"tdx-agent/measure/tsm"
 	"tdx-agent/remote/ratls"
 )
@@ -84,8 +86,10 @@ func TestScripts(t *testing.T) {
 			"sink":          scriptSink,
 			"hold":          scriptHold,
 			"newcert":       scriptNewCert,
+			"shorter":       scriptShorter,
 			"append":        scriptAppend,
 			"cut-lines":     scriptCutLines,
+			"forge-line":    scriptForgeLine,
 		},
 	})
 }
@@ -234,6 +238,21 @@ func scriptCutLines(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	lines := bytes.SplitAfter(b, []byte("\n")) // nothing follows the last line feed
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), bytes.Join(lines[:len(lines)-1-count], nil), 0o600))
+}
+
+// scriptForgeLine adds a line to an audit record that follows its last: forge-line FILE.
+func scriptForgeLine(ts *testscript.TestScript, _ bool, args []string) {
+	b, err := os.ReadFile(ts.MkAbs(args[0]))
+	ts.Check(err)
+	lines := bytes.Split(bytes.TrimSuffix(b, []byte("\n")), []byte("\n"))
+	last := lines[len(lines)-1]
+	var e audit.Entry
+	ts.Check(json.Unmarshal(last, &e))
+	e.Seq++
+	e.Prev = fmt.Sprintf("%x", sha256.Sum256(last))
+	line, err := json.Marshal(e)
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), append(append(b, line...), '\n'), 0o600))
 }
 
 // scriptFlip changes one bit of a file: flip FILE OFFSET.
@@ -387,4 +406,12 @@ func scriptNewCert(ts *testscript.TestScript, _ bool, args []string) {
 		time.Sleep(300 * time.Millisecond) // an endpoint takes 5 a second from one address
 	}
 	ts.Fatalf("%s still shows the certificate in %s", args[1], args[0])
+}
+
+// scriptShorter demands that a file is at most two thirds as long as another: shorter FILE
+// OTHER.
+func scriptShorter(ts *testscript.TestScript, _ bool, args []string) {
+	if n, m := len(ts.ReadFile(args[0])), len(ts.ReadFile(args[1])); 3*n > 2*m {
+		ts.Fatalf("%s has %d bytes, %s %d", args[0], n, args[1], m)
+	}
 }

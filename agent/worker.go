@@ -31,7 +31,8 @@ func (c *WorkerConfig) check() error {
 // is made once and told to all.
 func (d *daemon) workerServer() *guestapi.Server {
 	return guestapi.NewServer(guestapi.Config{Surface: guestapi.Worker, Grants: guestapi.Grants{Read: true, Quote: true}, Guest: &workerGuest{daemon: d}, Keys: d.appKeys,
-		PublicTCBInfo: d.files != nil && d.files.Compose.PublicTCBInfo, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait, MaxConns: 64})
+		PublicTCBInfo: d.files != nil && d.files.Compose.PublicTCBInfo, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait, MaxConns: 64,
+		Observe: func(method string, status int) { d.metrics.called(guestapi.Worker.String(), method, status) }})
 }
 
 // The bounds of what strangers may cost.

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"time"
 
@@ -25,25 +26,29 @@ func (e *CertificateError) Unwrap() error { return e.Err }
 // must know that the peer holds the key, as TLS shows, and may call this before it
 // knows. What issuers say of the holder is no evidence and is not read.
 //
-// x is as for [Verifier.Appraise], but for ReportData, which follows from the key.
+// x is as for [Verifier.Appraise], but for ReportData, which follows from the key, and
+// CertificateLife.
 // Accepted certificates of at most 64 KiB are remembered for five minutes, under the
 // policy that accepts them. The errors are those of Appraise and a [*CertificateError].
 func (v *Verifier) AppraiseCertificate(ctx context.Context, chain []*x509.Certificate, x Expect) (*Result, *ratls.Attested, error) {
 	at := v.cfg.Now()
-	if err := ratls.CheckLeaf(chain, at); err != nil {
-		return nil, nil, &CertificateError{err}
+	if len(chain) == 0 {
+		return nil, nil, &CertificateError{errors.New("remote: the peer shows no certificate")}
 	}
 	generation := v.Generation()
 	key := newLeafKey(chain[0], generation, &x)
 	isKept := x.Compose == nil && x.MRConfig == "" && len(chain[0].Raw) <= maxLeaf
-	if known, ok := v.leaves.Get(key); ok && isKept && at.Sub(known.at).Abs() < maxLeafAge {
+	if known, ok := v.leaves.Get(key); ok && isKept && at.Sub(known.at).Abs() < maxLeafAge && !at.After(chain[0].NotAfter) && !at.Before(chain[0].NotBefore) {
 		return known.result, known.attested, nil
+	}
+	if err := ratls.CheckLeaf(chain, at); err != nil {
+		return nil, nil, &CertificateError{err}
 	}
 	a, err := ratls.Parse(chain[0])
 	if err != nil {
 		return nil, nil, &CertificateError{err}
 	}
-	x.ReportData = a.ReportData
+	x.ReportData, x.CertificateLife = a.ReportData, chain[0].NotAfter.Sub(chain[0].NotBefore)
 	r, err := v.Appraise(ctx, a.Evidence, x)
 	if err != nil {
 		return nil, a, err

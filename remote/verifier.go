@@ -118,6 +118,13 @@ type Expect struct {
 	Entries []string
 	// Channel is the attested channel that the evidence came over. Nil: none.
 	Channel *Channel
+	// Again is the result of an earlier appraisal of the same evidence, nil for none. It
+	// spares checking the quote's signatures once more, where that was done under this
+	// policy. Everything else is judged anew.
+	Again *Result
+	// CertificateLife is how long the certificate is valid that the evidence came in.
+	// Zero: it came in none.
+	CertificateLife time.Duration
 	// Offered is collateral that the peer sent along, a bundle as dcap.Bundle has it.
 	// It is used for this appraisal alone, if no configured source has any.
 	Offered []byte
@@ -137,7 +144,7 @@ func (v *Verifier) Appraise(ctx context.Context, ev *measure.Evidence, x Expect)
 	a, at := v.active.Load(), v.cfg.Now()
 	c := &Claims{VMConfig: ev.VMConfig}
 	known, key := v.claimLog(c, ev.Events)
-	if err := a.claimQuote(ctx, c, ev.Quote, x.Offered, at); err != nil {
+	if err := a.claimQuote(ctx, c, ev.Quote, &x, at); err != nil {
 		return nil, fmt.Errorf("remote: appraise: %w", err)
 	}
 	r, err := a.result(c, &x, at)
@@ -192,7 +199,10 @@ func (v *Verifier) claimLog(c *Claims, events []measure.Event) (known *logClaims
 
 // claimQuote verifies the quote by the collateral that there is, or fetches some. The
 // error is that of ctx.
-func (a *active) claimQuote(ctx context.Context, c *Claims, quote, offered []byte, at time.Time) error {
+func (a *active) claimQuote(ctx context.Context, c *Claims, quote []byte, x *Expect, at time.Time) error {
+	if a.claimAgain(ctx, c, quote, x.Again, at) {
+		return nil
+	}
 	fmspc, ca, err := a.dcap.Platform(quote)
 	if err != nil {
 		return c.refuse(quote, err)
@@ -214,8 +224,8 @@ func (a *active) claimQuote(ctx context.Context, c *Claims, quote, offered []byt
 	if err == nil {
 		return a.verify(ctx, c, quote, fetched, at)
 	}
-	if offered != nil {
-		if own, offeredErr := a.store.Offered(offered); offeredErr == nil {
+	if x.Offered != nil {
+		if own, offeredErr := a.store.Offered(x.Offered); offeredErr == nil {
 			return a.verify(ctx, c, quote, own, at)
 		} else {
 			err = errors.Join(err, offeredErr)
@@ -225,6 +235,25 @@ func (a *active) claimQuote(ctx context.Context, c *Claims, quote, offered []byt
 		c.CollateralErr = err
 	}
 	return c.parse(quote)
+}
+
+// claimAgain claims a quote that was verified before. If that is not so, or it is not
+// good any more, it is for claimQuote to say why.
+func (a *active) claimAgain(ctx context.Context, c *Claims, quote []byte, earlier *Result, at time.Time) bool {
+	if earlier == nil || earlier.Claims.Report == nil || !earlier.Claims.Report.IsOf(quote) {
+		return false
+	}
+	known := earlier.Claims.Report
+	set := a.store.Known(known.PCK.FMSPC, known.PCK.CA)
+	if set == nil {
+		return false
+	}
+	r, err := a.dcap.VerifyAgain(ctx, known, set.Collateral, at)
+	if err != nil {
+		return false
+	}
+	c.Quote, c.Report, c.Source = r.Quote, r, set.Source
+	return true
 }
 
 // verify sorts the engine's answer into the claims.

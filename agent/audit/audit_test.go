@@ -87,7 +87,7 @@ func TestChain(t *testing.T) {
 		t.Errorf("requests are %s, %s, %s: want the first two alike", a.Request, same.Request, b.Request)
 	}
 	h := l.Head()
-	if err := c.Reaches(h.Seq, h.Hash); err != nil || h.Seq != 4 {
+	if err := c.Between(h.Seq, h.Hash, l.Head().Seq); err != nil || h.Seq != 4 {
 		t.Errorf("head %+v: %v", h, err)
 	}
 	for name, mode := range map[string]os.FileMode{fileCurrent: 0o600, fileKey: 0o600} {
@@ -102,15 +102,14 @@ func TestChain(t *testing.T) {
 func TestEveryChangeBreaksTheChain(t *testing.T) {
 	dir := t.TempDir()
 	l := start(t, dir, Options{})
-	for i := range 4 {
-		call(t, l, fmt.Sprint("web/", i))
-	}
+	call(t, l, "web/a")
+	call(t, l, "web/b")
 	h, whole := l.Head(), read(t, dir, fileCurrent)
 	unchanged := func(what string) {
 		t.Helper()
 		c, err := Verify(dir)
 		if err == nil {
-			err = c.Reaches(h.Seq, h.Hash)
+			err = c.Between(h.Seq, h.Hash, l.Head().Seq)
 		}
 		var broken *BrokenError
 		if !errors.As(err, &broken) {
@@ -124,12 +123,12 @@ func TestEveryChangeBreaksTheChain(t *testing.T) {
 		unchanged(fmt.Sprintf("byte %d changed", i))
 	}
 	lines := bytes.SplitAfter(bytes.TrimSuffix(whole, []byte("\n")), []byte("\n"))
-	lines[4] = append(lines[4], '\n')
+	lines[2] = append(lines[2], '\n')
 	for i := range lines {
-		for what, with := range map[string][][]byte{"taken out": {}, "doubled": {lines[i], lines[i]}, "swapped": {lines[(i+1)%5], lines[i]}} {
-			end := min(i+1, 5)
+		for what, with := range map[string][][]byte{"taken out": {}, "doubled": {lines[i], lines[i]}, "swapped": {lines[(i+1)%3], lines[i]}} {
+			end := min(i+1, 3)
 			if what == "swapped" {
-				end = min(i+2, 5)
+				end = min(i+2, 3)
 			}
 			var changed []byte
 			for _, part := range [][][]byte{lines[:i], with, lines[end:]} {
@@ -144,7 +143,7 @@ func TestEveryChangeBreaksTheChain(t *testing.T) {
 		unchanged(fmt.Sprintf("cut after %d bytes", n))
 	}
 	write(t, dir, fileCurrent, whole)
-	if err := verified(t, dir).Reaches(h.Seq, h.Hash); err != nil {
+	if err := verified(t, dir).Between(h.Seq, h.Hash, h.Seq); err != nil {
 		t.Error(err)
 	}
 }
@@ -159,10 +158,10 @@ func TestRewrittenChain(t *testing.T) {
 	write(t, dir, fileCurrent, read(t, other, fileCurrent))
 	c := verified(t, dir)
 	h := l.Head()
-	if err := c.Reaches(h.Seq, h.Hash); err == nil || !strings.Contains(err.Error(), "replaced or cut") {
+	if err := c.Between(h.Seq, h.Hash, l.Head().Seq); err == nil || !strings.Contains(err.Error(), "replaced or cut") {
 		t.Errorf("another chain: %v", err)
 	}
-	if err := c.Reaches(0, first); err == nil {
+	if err := c.Between(0, first, 9); err == nil {
 		t.Error("a chain reaches the head of an empty one")
 	}
 	older := c.hashes[0]
@@ -170,6 +169,9 @@ func TestRewrittenChain(t *testing.T) {
 		t.Errorf("another chain holds the head: %v", err)
 	}
 	call(t, forged, "web/c")
+	if err := verified(t, other).Between(2, c.hashes[1], 2); err == nil || !strings.Contains(err.Error(), "somebody else has written") {
+		t.Errorf("a line that the agent has not written: %v", err)
+	}
 	if err := c.Holds(older); err != nil {
 		t.Error(err)
 	}
@@ -203,7 +205,7 @@ func TestRotation(t *testing.T) {
 	for i := range 50 {
 		call(t, l, fmt.Sprint("web/", i))
 		c := verified(t, dir)
-		if h := l.Head(); c.Reaches(h.Seq, h.Hash) != nil || h.Seq != uint64(i+2) {
+		if h := l.Head(); c.Between(h.Seq, h.Hash, l.Head().Seq) != nil || h.Seq != uint64(i+2) {
 			t.Fatalf("call %d: head %+v", i, h)
 		}
 		for _, name := range []string{fileCurrent, fileOlder} {
@@ -223,7 +225,7 @@ func TestRotation(t *testing.T) {
 	write(t, dir, fileCurrent, nil)
 	l = start(t, dir, Options{})
 	call(t, l, "web/x")
-	if h := l.Head(); h.Seq != 53 || verified(t, dir).Reaches(53, h.Hash) != nil {
+	if h := l.Head(); h.Seq != 53 || verified(t, dir).Between(53, h.Hash, 53) != nil {
 		t.Errorf("head is %+v, want line 53", h)
 	}
 	l.Close()
@@ -311,12 +313,12 @@ func TestConcurrentCalls(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := c.Reaches(h.Seq, h.Hash); err != nil && h.Seq >= c.Entries[0].Seq {
+		if err := c.Between(h.Seq, h.Hash, l.Head().Seq); err != nil && h.Seq >= c.Entries[0].Seq {
 			t.Error(err)
 		}
 	}
 	group.Wait()
-	if h := l.Head(); h.Seq != 401 || verified(t, dir).Reaches(401, h.Hash) != nil {
+	if h := l.Head(); h.Seq != 401 || verified(t, dir).Between(401, h.Hash, 401) != nil {
 		t.Errorf("head is %+v, want line 401", h)
 	}
 }
@@ -380,7 +382,7 @@ func FuzzVerify(f *testing.F) {
 		defer l.Close()
 		h := l.Head()
 		c, again := Verify(dir)
-		if err == nil && (again != nil || c.Reaches(h.Seq, h.Hash) != nil) {
+		if err == nil && (again != nil || c.Between(h.Seq, h.Hash, l.Head().Seq) != nil) {
 			t.Errorf("accepted before, and now %v; head %+v", again, h)
 		}
 	})

@@ -41,8 +41,8 @@ type Entry struct {
 	// were received, body or query; "" if they were not read.
 	Request string `json:"request,omitempty"`
 	Result  string `json:"result,omitempty"`
-	Exit    int    `json:"exit,omitempty"` // the program's exit status for the result
-	Micros  int64  `json:"us,omitempty"`   // until there was an answer
+	Exit    int    `json:"exit,omitempty"`    // the program's exit status for the result
+	Micros  int64  `json:"took_us,omitempty"` // until there was an answer
 	// Missed is how many calls of the class by the caller have failed before and have no
 	// line of their own, since there were too many.
 	Missed int `json:"missed,omitempty"`

@@ -48,18 +48,21 @@ func (c *Chain) Head() (seq uint64, hash string) {
 	return c.Entries[len(c.Entries)-1].Seq, c.hashes[len(c.hashes)-1]
 }
 
-// Reaches reports whether the chain goes through this head, which the agent gave before
-// the files were read: it may have grown since, and must not be shorter or another. The
-// error is a [*BrokenError].
-func (c *Chain) Reaches(seq uint64, hash string) error {
+// Between reports whether the chain is what an agent writes whose head was before, with
+// this hash, when the files were not yet read, and after when they were: it goes through
+// the one and not beyond the other. The error is a [*BrokenError].
+func (c *Chain) Between(before uint64, hash string, after uint64) error {
 	last, end := c.Head()
-	if len(c.Entries) > 0 && seq >= c.Entries[0].Seq && seq <= last {
-		end, last = c.hashes[seq-c.Entries[0].Seq], seq
+	if last > after {
+		return &BrokenError{File: fileCurrent, Reason: fmt.Sprintf("the agent's last line is %d, and the record goes on to line %d: somebody else has written", after, last)}
 	}
-	if last == seq && end == hash {
+	if len(c.Entries) > 0 && before >= c.Entries[0].Seq && before <= last {
+		end, last = c.hashes[before-c.Entries[0].Seq], before
+	}
+	if last == before && end == hash {
 		return nil
 	}
-	return &BrokenError{File: fileCurrent, Reason: fmt.Sprintf("the agent says that line %d has the hash %s; the record has %s as line %d: it was replaced or cut", seq, clip(hash), end, last)}
+	return &BrokenError{File: fileCurrent, Reason: fmt.Sprintf("the agent says that line %d has the hash %s; the record has %s as line %d: it was replaced or cut", before, clip(hash), end, last)}
 }
 
 // Holds reports whether some line of the chain has this hash: whether an older head is

@@ -237,8 +237,9 @@ func TestSlowClients(t *testing.T) {
 
 func TestConnectionCaps(t *testing.T) {
 	for name, limit := range map[string]func(*guestapi.Config){
-		"total":    func(c *guestapi.Config) { c.MaxConns = 2 },
-		"per user": func(c *guestapi.Config) { c.MaxConnsPerUID = 2 },
+		"total":                      func(c *guestapi.Config) { c.MaxConns = 2 },
+		"per user":                   func(c *guestapi.Config) { c.MaxConnsPerUID = 2 },
+		"per user and control group": func(c *guestapi.Config) { c.MaxConnsPerCaller = 2 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := config(guestapi.Dstack, newTestGuest())

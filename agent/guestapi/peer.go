@@ -20,6 +20,7 @@ type peerConn struct {
 	net.Conn
 	caller  Caller
 	release func()
+	head    head // of its first request; the reader's alone
 }
 
 func (c *peerConn) Close() error {
@@ -27,14 +28,10 @@ func (c *peerConn) Close() error {
 	return c.Conn.Close()
 }
 
-// ConnContext is for a server of another kind, as its ConnContext: [CallerOf] then knows
-// who is calling.
+// ConnContext is for a server of another kind on a [LimitListener], as its ConnContext:
+// [CallerOf] then knows who is calling.
 func ConnContext(ctx context.Context, conn net.Conn) context.Context {
-	peer, ok := conn.(*peerConn)
-	if !ok {
-		peer = &peerConn{Conn: conn, caller: newIdentifier().caller(conn)}
-	}
-	return context.WithValue(ctx, peerKey{}, peer)
+	return context.WithValue(ctx, peerKey{}, conn)
 }
 
 // CallerOf returns the caller of a request from its context, or an unknown one.
@@ -45,29 +42,32 @@ func CallerOf(ctx context.Context) Caller {
 	return Caller{}
 }
 
-// slots counts the open connections of one server.
+// slots counts the open connections of one server. Known callers have a share of their
+// user's: where most containers run as root, one must not shut out the others.
 type slots struct {
-	total, perUID int
+	total, perUID, perAccount int
 
-	mu    sync.Mutex // guards what follows
-	open  int
-	byUID map[uint32]int // of known callers; no entry is 0
+	mu        sync.Mutex // guards what follows
+	open      int
+	byUID     map[uint32]int     // of known callers; no entry is 0
+	byAccount map[accountKey]int // the same
 }
 
-func newSlots(total, perUID int) *slots {
-	return &slots{total: total, perUID: perUID, byUID: make(map[uint32]int)}
+func newSlots(total, perUID, perAccount int) *slots {
+	return &slots{total: total, perUID: perUID, perAccount: perAccount, byUID: map[uint32]int{}, byAccount: map[accountKey]int{}}
 }
 
 // take occupies a slot and returns what frees it, or reports that none is left.
 func (s *slots) take(c Caller) (release func(), ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.open >= s.total || c.Known && s.byUID[c.UID] >= s.perUID {
+	if s.open >= s.total || c.Known && (s.byUID[c.UID] >= s.perUID || s.byAccount[c.account()] >= s.perAccount) {
 		return nil, false
 	}
 	s.open++
 	if c.Known {
 		s.byUID[c.UID]++
+		s.byAccount[c.account()]++
 	}
 	return sync.OnceFunc(func() { s.free(c) }), true
 }
@@ -82,13 +82,16 @@ func (s *slots) free(c Caller) {
 	if s.byUID[c.UID]--; s.byUID[c.UID] == 0 {
 		delete(s.byUID, c.UID)
 	}
+	if s.byAccount[c.account()]--; s.byAccount[c.account()] == 0 {
+		delete(s.byAccount, c.account())
+	}
 }
 
 // LimitListener bounds how many connections of ln are open at once: total of all
 // users, and perUID of one that the kernel knows. What is beyond is told so, with
 // status 429, and closed.
 func LimitListener(ln net.Listener, total, perUID int) net.Listener {
-	return newPeerListener(ln, newSlots(total, perUID), newIdentifier())
+	return newPeerListener(ln, newSlots(total, perUID, perUID))
 }
 
 // peerListener accepts connections as *peerConn, and turns away those that find no
@@ -100,8 +103,8 @@ type peerListener struct {
 	turnedAway chan struct{} // holds one for each connection that is told so
 }
 
-func newPeerListener(ln net.Listener, s *slots, identify *identifier) *peerListener {
-	return &peerListener{Listener: ln, slots: s, identify: identify, turnedAway: make(chan struct{}, maxTurnedAway)}
+func newPeerListener(ln net.Listener, s *slots) *peerListener {
+	return &peerListener{Listener: ln, slots: s, identify: newIdentifier(), turnedAway: make(chan struct{}, maxTurnedAway)}
 }
 
 func (l *peerListener) Accept() (net.Conn, error) {

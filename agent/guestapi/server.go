@@ -54,8 +54,9 @@ type Config struct {
 	// quote takes up to 31 s when the host is busy.
 	CallTimeout time.Duration
 
-	MaxConns       int // open connections; default 256
-	MaxConnsPerUID int // open connections of one user; default 64
+	MaxConns          int // open connections; default 256
+	MaxConnsPerUID    int // open connections of one user; default 192
+	MaxConnsPerCaller int // open connections of one user in one control group; default 64
 }
 
 func (c *Config) setDefaults() {
@@ -71,7 +72,10 @@ func (c *Config) setDefaults() {
 		c.MaxConns = 256
 	}
 	if c.MaxConnsPerUID <= 0 {
-		c.MaxConnsPerUID = 64
+		c.MaxConnsPerUID = 192
+	}
+	if c.MaxConnsPerCaller <= 0 {
+		c.MaxConnsPerCaller = 64
 	}
 	if c.Revision == "" {
 		c.Revision = "unknown"
@@ -84,18 +88,17 @@ func (c *Config) setDefaults() {
 // Server serves one surface to the callers of one socket, or of several that have
 // the same grants.
 type Server struct {
-	cfg      Config
-	methods  map[string]method
-	slots    *slots
-	identify *identifier
-	logs     lastLog
-	http     http.Server
+	cfg     Config
+	methods map[string]method
+	slots   *slots
+	logs    lastLog
+	http    http.Server
 }
 
 // NewServer returns a Server that is ready to [Server.Serve].
 func NewServer(cfg Config) *Server {
 	cfg.setDefaults()
-	s := &Server{cfg: cfg, methods: methodsOf(cfg.Surface), identify: newIdentifier(), slots: newSlots(cfg.MaxConns, cfg.MaxConnsPerUID)}
+	s := &Server{cfg: cfg, methods: methodsOf(cfg.Surface), slots: newSlots(cfg.MaxConns, cfg.MaxConnsPerUID, cfg.MaxConnsPerCaller)}
 	s.http = http.Server{
 		Handler:           http.HandlerFunc(s.handle),
 		ReadHeaderTimeout: cfg.ReadTimeout,
@@ -104,10 +107,8 @@ func NewServer(cfg Config) *Server {
 		// Counted from the end of the headers.
 		WriteTimeout:   cfg.ReadTimeout + cfg.CallTimeout + writeGrace,
 		MaxHeaderBytes: maxHeader,
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, peerKey{}, c)
-		},
-		ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelDebug),
+		ConnContext:    ConnContext,
+		ErrorLog:       slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelDebug),
 	}
 	return s
 }
@@ -115,7 +116,7 @@ func NewServer(cfg Config) *Server {
 // Serve answers the connections of ln until [Server.Shutdown], then returns nil. It
 // closes ln.
 func (s *Server) Serve(ln net.Listener) error {
-	err := s.http.Serve(newPeerListener(ln, s.slots, s.identify))
+	err := s.http.Serve(newPeerListener(ln, s.slots))
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}

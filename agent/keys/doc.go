@@ -5,7 +5,9 @@
 //
 // A [Provider] yields the [App]: [Ephemeral] makes fresh keys for one boot (dstack's
 // key provider "none"), [File] reads .appkeys.json, in which dstack's boot tools leave
-// the keys of any provider.
+// the keys of any provider, [KMS] asks a key management service and [Local] an enclave on
+// the host. These two are believed as far as this boot has measured which KMS or enclave
+// it is, and as its own evidence shows that it is that one.
 //
 // # Secrets
 //
@@ -14,7 +16,8 @@
 // printing: every type that holds some prints, logs and marshals as "[redacted]", and
 // keeps it behind pointers, so that even a structure around it prints an address.
 // They are overwritten when they are dropped, as far as Go allows: what crypto/ecdsa
-// keeps inside its keys, and copies that net/http makes of an answer, are not.
+// keeps inside its keys, and copies that net/http and crypto/tls make of what is sent
+// and received, are not.
 //
 // # What the scheme does not give
 //
@@ -27,5 +30,6 @@
 // # Sources
 //
 // dstack v0.5.11: ra-tls (key derivation, certificates), guest-agent (methods and
-// their error texts), dstack-types (.appkeys.json); RFC 5869, RFC 6979, RFC 8032.
+// their error texts), dstack-types (.appkeys.json), kms and dstack-util (the services
+// KMS and HostApi, which speak JSON over HTTP); RFC 5869, RFC 6979, RFC 8032.
 package keys

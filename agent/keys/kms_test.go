@@ -122,14 +122,20 @@ func (m *machine) mrAggregated(t testing.TB) []byte {
 // verifier accepts the machine's platform, with applications of this compose hash.
 func (m *machine) verifier(t testing.TB, composeHash byte) *remote.Verifier {
 	t.Helper()
+	return m.newVerifier(t, fmt.Sprintf("compose_hash = [\"%x\"]", bytes.Repeat([]byte{composeHash}, 32)))
+}
+
+// newVerifier accepts the machine's platform with these terms.
+func (m *machine) newVerifier(t testing.TB, terms string) *remote.Verifier {
+	t.Helper()
 	policy, err := remote.ParsePolicy("policy.toml", fmt.Appendf(nil, `version = 1
 [[peer]]
 name = "it"
 root = "sha256:%x"
 allow_simulated = true
 allow_any_image = true
-compose_hash = ["%x"]
-`, m.root, bytes.Repeat([]byte{composeHash}, 32)))
+%s
+`, m.root, terms))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -227,6 +233,13 @@ func TestKMSGivesKeys(t *testing.T) {
 	}
 	if !bytes.Equal(derived.Bytes(), want.Bytes()) || !bytes.Equal(derived.Chain[0], want.Chain[0]) || !bytes.Equal(derived.Chain[1], wantSignature) {
 		t.Errorf("key or chain differ: %x, want %x", derived.Chain, want.Chain)
+	}
+	public, err := app.PublicKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if root := recoverKey(t, derived.Chain[1], keccak([]byte("dstack-kms-issued:"), testAppID, public)); !bytes.Equal(root, s.server.PublicKey()) {
+		t.Errorf("the chain leads to %x, not to the KMS root %x", root, s.server.PublicKey())
 	}
 	if p := app.Provider(); p.Kind != measure.KeyProviderKMS || !bytes.Equal(p.ID, s.server.Root()) {
 		t.Errorf("provider is %s", p.Payload())
@@ -349,6 +362,8 @@ func TestKMSRefused(t *testing.T) {
 		"out of date": {func(c *kmstest.Config) {
 			c.EditCertificate = func(cert *x509.Certificate) { cert.NotAfter = testTime.Add(-time.Hour) }
 		}, nil, keys.KMSCertificate, "is good from", 0},
+		"a replayed certificate": {func(c *kmstest.Config) { c.Key = otherKey }, nil, keys.KMSCertificate,
+			"whose key it does not have", 0},
 		"no attestation":      {drop(oid+"1", oid+"2", oid+"8"), nil, keys.KMSAttestation, "no dstack attestation", 0},
 		"half an attestation": {drop(oid+"2", oid+"8"), nil, keys.KMSAttestation, "want both", 0},
 		"evidence of another key": {func(c *kmstest.Config) { c.AttestKey = &otherKey.PublicKey }, nil, keys.KMSAttestation,
@@ -356,7 +371,7 @@ func TestKMSRefused(t *testing.T) {
 		"another application": {func(c *kmstest.Config) { c.Attest = newKMSMachine(t, 0x12).attest }, nil, keys.KMSPolicy, "compose hash", 0},
 		"another platform":    {func(c *kmstest.Config) { c.Attest = newMachine(t, "elsewhere", nil).attest }, nil, keys.KMSPolicy, "not genuine", 0},
 		"another mr-kms":      {nil, func(s *kmsSetup) { s.measured.MRKMS = make([]byte, 32) }, keys.KMSMeasurement, "mr-kms 0000", 0},
-		"we are not accepted": {func(c *kmstest.Config) { c.Guests = newGuest(t).verifier(t, 9) }, nil, keys.KMSDenied, "App not allowed", 2},
+		"we are not accepted": {func(c *kmstest.Config) { c.Guests = newGuest(t).verifier(t, 9) }, nil, keys.KMSDenied, "app not allowed", 2},
 		"an answer too large": {swap("GetAppKey", "{", "{\"x\":\""+strings.Repeat("a", 300<<10)+"\","), nil, keys.KMSAnswer, "more than 262144 bytes", 2},
 		"an authority too large": {swap("GetTempCaCert", "{", "{\"x\":\""+strings.Repeat("a", 300<<10)+"\","), nil, keys.KMSAnswer,
 			"more than 262144 bytes", 1},
@@ -594,5 +609,36 @@ func TestKMSPrintsNothing(t *testing.T) {
 		if strings.Contains(out.String(), secret) {
 			t.Errorf("the key is printed")
 		}
+	}
+}
+
+// TestKMSForKeysOfAFile has keys that dstack's boot tools fetched: the KMS issues the
+// certificates all the same.
+func TestKMSForKeysOfAFile(t *testing.T) {
+	s := newKMSSetup(t, nil)
+	key, signature, err := s.server.AppKey(testAppID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc := appKeys(t, hex.EncodeToString(key), hex.EncodeToString(signature))
+	doc["key_provider"] = map[string]any{"Kms": map[string]any{"url": s.url + "/prpc", "pubkey": hex.EncodeToString(s.server.Root()), "tmp_ca_key": "", "tmp_ca_cert": ""}}
+	path := filepath.Join(t.TempDir(), ".appkeys.json")
+	if err := os.WriteFile(path, mustJSON(t, doc), 0o400); err != nil {
+		t.Fatal(err)
+	}
+	app, err := keys.File{Path: path, KMS: s.kms(t)}.App(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := app.IssueRandom(t.Context(), keys.CertificateRequest{Subject: "s"}, s.guest.attest)
+	if err != nil || len(k.Chain) != 3 {
+		t.Errorf("%v: %v", k, err)
+	}
+	alone, err := keys.File{Path: path}.App(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := alone.IssueRandom(t.Context(), keys.CertificateRequest{}, s.guest.attest); err == nil || !strings.Contains(err.Error(), "[keys.kms]") {
+		t.Errorf("without a KMS to ask: %v", err)
 	}
 }

@@ -1,7 +1,6 @@
 package keys
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -20,9 +19,6 @@ import (
 	"tdx-agent/remote"
 	"tdx-agent/remote/ratls"
 )
-
-// maxKMSAnswer bounds all that a KMS sends in one exchange, in bytes.
-const maxKMSAnswer = 256 << 10
 
 // kmsPeer is one server that has yet to show that it is the KMS.
 type kmsPeer struct {
@@ -84,6 +80,7 @@ func (p *kmsPeer) connect(ctx context.Context, cert *tls.Certificate) (*tls.Conn
 	if err != nil {
 		return nil, err
 	}
+	appraised := false
 	conn := tls.Client(raw, &tls.Config{
 		MinVersion: tls.VersionTLS13, ServerName: p.base.Hostname(), NextProtos: []string{"http/1.1"}, SessionTicketsDisabled: true,
 		InsecureSkipVerify: true, // what follows verifies, and appraises
@@ -91,7 +88,9 @@ func (p *kmsPeer) connect(ctx context.Context, cert *tls.Certificate) (*tls.Conn
 			if len(s.PeerCertificates) == 0 {
 				return p.faultf(KMSCertificate, "it has no certificate")
 			}
-			return p.appraise(ctx, s.PeerCertificates[0])
+			err := p.appraise(ctx, s.PeerCertificates[0])
+			appraised = err == nil
+			return err
 		},
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			if cert == nil {
@@ -102,6 +101,9 @@ func (p *kmsPeer) connect(ctx context.Context, cert *tls.Certificate) (*tls.Conn
 	})
 	if err := conn.HandshakeContext(ctx); err != nil {
 		raw.Close()
+		if appraised && !errors.As(err, new(net.Error)) && !errors.Is(err, io.EOF) && ctx.Err() == nil {
+			return nil, p.faultf(KMSCertificate, "it shows a certificate whose key it does not have: %w", err)
+		}
 		return nil, err
 	}
 	return conn, nil
@@ -163,59 +165,16 @@ func (p *kmsPeer) appraiseEvidence(ctx context.Context, a *ratls.Attested) error
 func (p *kmsPeer) exchange(conn *tls.Conn, method string, body []byte) ([]byte, error) {
 	to := p.base.JoinPath("prpc", "KMS."+method)
 	to.RawQuery = "json"
-	req, err := http.NewRequest(http.MethodPost, to.String(), bytes.NewReader(body))
-	if err != nil {
+	status, answer, err := post(conn, to.String(), body)
+	switch {
+	case errors.As(err, &tooLargeError{}):
+		return nil, p.faultf(KMSAnswer, "%s: %w", method, err)
+	case err != nil:
 		return nil, err
-	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("User-Agent", "")
-	req.Close = true
-	if err := req.Write(conn); err != nil {
-		return nil, err
-	}
-	limited := &io.LimitedReader{R: conn, N: maxKMSAnswer}
-	resp, err := http.ReadResponse(bufio.NewReader(limited), req)
-	if err != nil {
-		return nil, p.tooMuch(limited, method, err)
-	}
-	defer resp.Body.Close()
-	// Room for all of it at once: what grew would leave parts of a key behind.
-	answer := make([]byte, 0, min(max(resp.ContentLength, 16<<10), maxKMSAnswer))
-	answer, err = readInto(answer, resp.Body)
-	if err != nil {
-		clear(answer)
-		return nil, p.tooMuch(limited, method, err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, p.faultf(KMSDenied, "%s: status %d: %s", method, resp.StatusCode, errorText(answer))
+	case status != http.StatusOK:
+		return nil, p.faultf(KMSDenied, "%s: status %d: %s", method, status, errorText(answer))
 	}
 	return answer, nil
-}
-
-func (p *kmsPeer) tooMuch(r *io.LimitedReader, method string, err error) error {
-	if r.N <= 0 {
-		return p.faultf(KMSAnswer, "%s: it sends more than %d bytes", method, maxKMSAnswer)
-	}
-	return err
-}
-
-// readInto reads r to its end. It clears every buffer that it leaves.
-func readInto(b []byte, r io.Reader) ([]byte, error) {
-	for {
-		if len(b) == cap(b) {
-			larger := append(make([]byte, 0, 2*cap(b)+512), b...)
-			clear(b)
-			b = larger
-		}
-		n, err := r.Read(b[len(b):cap(b)])
-		b = b[:len(b)+n]
-		if err == io.EOF {
-			return b, nil
-		}
-		if err != nil {
-			return b, err
-		}
-	}
 }
 
 // errorText is what an error of dstack's RPC says, for people: it comes from a stranger,

@@ -38,7 +38,7 @@ func (p Ephemeral) App(context.Context) (*App, error) {
 		return nil, fmt.Errorf("seed of the application's keys: %w", err)
 	}
 	defer clear(seed)
-	return appOfSeed(seed)
+	return appOfSeed(seed, measure.KeyProvider{Kind: measure.KeyProviderNone})
 }
 
 func (p Ephemeral) seed() ([]byte, error) {
@@ -69,7 +69,7 @@ func (p Ephemeral) private() error {
 }
 
 // appOfSeed derives from a provider's seed what dstack's boot tools do.
-func appOfSeed(seed []byte) (*App, error) {
+func appOfSeed(seed []byte, provider measure.KeyProvider) (*App, error) {
 	s, err := derive(seed, "app-key")
 	if err != nil {
 		return nil, err
@@ -83,5 +83,5 @@ func appOfSeed(seed []byte) (*App, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newApp(measure.KeyProvider{Kind: measure.KeyProviderNone}, key, nil, newAuthority(ca, nil))
+	return newApp(provider, key, nil, newAuthority(ca, nil))
 }

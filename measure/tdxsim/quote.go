@@ -93,9 +93,19 @@ func (p *platform) appendBody(b []byte, regs *measure.Registers, rd measure.Repo
 // certification is what follows the quote's signature. It is the same in every
 // quote: the attestation key, the QE's report on it, and the PCK chain.
 func (p *platform) certification() ([]byte, error) {
-	key, err := p.pki.attestationKey.PublicKey.Bytes()
+	key, inner, err := p.vouched()
 	if err != nil {
-		return nil, fmt.Errorf("tdxsim: attestation key: %v", err)
+		return nil, err
+	}
+	return appendCertification(key, certificateQE, inner), nil
+}
+
+// vouched returns the attestation key and what the quoting enclave says of it, with the
+// PCK chain. An SGX quote has the one right behind the other.
+func (p *platform) vouched() (key, inner []byte, err error) {
+	key, err = p.pki.attestationKey.PublicKey.Bytes()
+	if err != nil {
+		return nil, nil, fmt.Errorf("tdxsim: attestation key: %v", err)
 	}
 	key = key[1:] // without the point format octet
 	auth := make([]byte, 32)
@@ -105,15 +115,14 @@ func (p *platform) certification() ([]byte, error) {
 	report := p.qeReport(key, auth)
 	signature, err := signRaw(p.pki.pckKey, report, true)
 	if err != nil {
-		return nil, fmt.Errorf("tdxsim: sign QE report: %v", err)
+		return nil, nil, fmt.Errorf("tdxsim: sign QE report: %v", err)
 	}
 	chain := append(pemChain(p.pki.pck, p.pki.ca, p.pki.root), 0)
 
-	inner := append(report, signature...)
+	inner = append(report, signature...)
 	inner = binary.LittleEndian.AppendUint16(inner, uint16(len(auth)))
 	inner = append(inner, auth...)
-	inner = appendCertification(inner, certificatePEM, chain)
-	return appendCertification(key, certificateQE, inner), nil
+	return key, appendCertification(inner, certificatePEM, chain), nil
 }
 
 func appendCertification(b []byte, kind uint16, data []byte) []byte {

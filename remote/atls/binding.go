@@ -83,6 +83,8 @@ type Statement struct {
 	AgentKey  []byte            // DER SubjectPublicKeyInfo, P-256
 	RTMR3     measure.Digest
 	Signature []byte // ECDSA with SHA-384, ASN.1, by AgentKey
+
+	log *knownLog // of Evidence, if it was received
 }
 
 // Attester makes this TD's statements. It builds what is signed itself: who can reach

@@ -58,9 +58,13 @@ type Config struct {
 type end struct {
 	cfg  Config
 	kept *cache.Cache[[32]byte, *kept] // by agent key
+	// logs are those of accepted evidence by agent key: a peer's log is most of its
+	// evidence, and seldom another than the last time.
+	logs *cache.Cache[[32]byte, *knownLog]
 
 	mu      sync.Mutex // guards what follows
 	leaf    *tls.Certificate
+	tls     *tls.Config // with leaf
 	renewAt time.Time
 	open    map[*Conn]struct{}
 	// reserved channels are not open yet: their handshakes end.
@@ -71,6 +75,7 @@ type end struct {
 type kept struct {
 	evidence   *measure.Evidence
 	reportData measure.ReportData
+	result     *remote.Result
 	rtmr3      measure.Digest
 	verifiedAt time.Time
 }
@@ -97,20 +102,29 @@ func newEnd(cfg Config) (*end, error) {
 	if cfg.Observe == nil {
 		cfg.Observe = func(Handshake) {}
 	}
-	return &end{cfg: cfg, kept: cache.New[[32]byte, *kept](512), open: map[*Conn]struct{}{}}, nil
+	return &end{cfg: cfg, kept: cache.New[[32]byte, *kept](512), logs: cache.New[[32]byte, *knownLog](64), open: map[*Conn]struct{}{}}, nil
 }
 
 // leafLife is how long a TLS key is used for new connections.
 const leafLife = 24 * time.Hour
 
-// certificate returns the current TLS certificate: a key and no claim at all.
-func (e *end) certificate() (*tls.Certificate, error) {
+// certificate returns the current TLS certificate, which is a key and no claim at all,
+// and the configuration with it.
+func (e *end) certificate() (*tls.Certificate, *tls.Config, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	now := time.Now()
-	if e.leaf != nil && now.Before(e.renewAt) {
-		return e.leaf, nil
+	if e.leaf == nil || !now.Before(e.renewAt) {
+		leaf, err := newLeaf(now)
+		if err != nil {
+			return nil, nil, err
+		}
+		e.leaf, e.tls, e.renewAt = leaf, tlsConfig(leaf), now.Add(leafLife)
 	}
+	return e.leaf, e.tls, nil
+}
+
+func newLeaf(now time.Time) (*tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
@@ -129,8 +143,7 @@ func (e *end) certificate() (*tls.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	e.leaf, e.renewAt = &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, now.Add(leafLife)
-	return e.leaf, nil
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, nil
 }
 
 // tlsConfig never resumes: a resumed session would have been appraised another time.
@@ -194,6 +207,7 @@ type Peer struct {
 
 	evidence   *measure.Evidence
 	reportData measure.ReportData
+	life       time.Duration // of the certificate, if there was one
 }
 
 // Assurance is "quote", "key" or "certificate", by how the peer attested, or "none".
@@ -254,8 +268,9 @@ func (e *end) verify(ctx context.Context, p *Peer, s *Session, st *Statement, an
 		return err
 	}
 	p.VerifiedAt = e.cfg.Now()
+	e.logs.Add(hash, st.log)
 	if e.cfg.KeyTTL > 0 {
-		e.kept.Add(hash, &kept{evidence: p.evidence, reportData: p.reportData, rtmr3: st.RTMR3, verifiedAt: p.VerifiedAt})
+		e.kept.Add(hash, &kept{evidence: p.evidence, reportData: p.reportData, result: p.Result, rtmr3: st.RTMR3, verifiedAt: p.VerifiedAt})
 	}
 	return nil
 }
@@ -276,7 +291,7 @@ func (e *end) verifyKept(ctx context.Context, p *Peer, st *Statement, channel *r
 		return &reattestError{"RTMR3 was extended since"}
 	}
 	p.evidence, p.reportData, p.KeyMode, p.VerifiedAt = k.evidence, k.reportData, true, k.verifiedAt
-	p.Result, err = e.cfg.Verifier.Appraise(ctx, k.evidence, remote.Expect{ReportData: k.reportData, Entries: entries, Channel: channel})
+	p.Result, err = e.cfg.Verifier.Appraise(ctx, k.evidence, remote.Expect{ReportData: k.reportData, Entries: entries, Channel: channel, Again: k.result})
 	if rejection, ok := errors.AsType[*remote.Rejection](err); ok {
 		return &reattestError{rejection.Error()}
 	}

@@ -1,16 +1,10 @@
 package atls
 
 import (
-	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
-	"strings"
-	"unicode"
-
-	"tdx-agent/measure"
 )
 
 // Frame types.
@@ -73,18 +67,6 @@ type helloServer struct {
 	AgentKey       []byte `json:"agent_key"`
 }
 
-type evidenceFrame struct {
-	Format         string          `json:"format"`
-	Quote          []byte          `json:"quote,omitempty"`
-	EventLog       json.RawMessage `json:"event_log,omitempty"`
-	VMConfig       string          `json:"vm_config,omitempty"`
-	Collateral     json.RawMessage `json:"collateral,omitempty"`
-	AgentKey       []byte          `json:"agent_spki"`
-	RTMR3          measure.Digest  `json:"rtmr3"`
-	Signature      []byte          `json:"sig"`
-	ServerEvidence string          `json:"server_evidence,omitempty"`
-}
-
 type resultFrame struct {
 	OK         bool   `json:"ok"`
 	Code       Code   `json:"code"`
@@ -99,6 +81,11 @@ func encodeFrame(kind byte, message any, limit int) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("frame %d: %v", kind, err)
 	}
+	return frameOf(kind, body, limit)
+}
+
+// frameOf puts a header before a body.
+func frameOf(kind byte, body []byte, limit int) ([]byte, error) {
 	if len(body) > limit {
 		return nil, fmt.Errorf("frame %d has %d bytes, want at most %d", kind, len(body), limit)
 	}
@@ -133,49 +120,13 @@ type formError struct{ text string }
 
 func (e *formError) Error() string { return "received malformed: " + e.text }
 
-// decode reads a frame's message. No member may be there twice, in any case of its
-// letters, among which encoding/json has the long s: it would take the last.
+// decode reads a frame's message.
 func decode(frame []byte, message any) error {
-	body := frame[4:]
-	if err := checkMembers(body); err != nil {
-		return &formError{err.Error()}
-	}
-	if err := json.Unmarshal(body, message); err != nil {
-		return &formError{err.Error()}
-	}
-	return nil
-}
-
-// checkMembers wants one JSON object whose members differ.
-func checkMembers(body []byte) error {
-	d := json.NewDecoder(bytes.NewReader(body))
-	if t, err := d.Token(); err != nil || t != json.Delim('{') {
-		return errors.New("no JSON object")
-	}
-	var seen []string
-	for d.More() {
-		t, err := d.Token()
-		if err != nil {
-			return err
-		}
-		name := strings.ToLower(fmt.Sprint(t))
-		if slices.Contains(seen, name) || name != t || strings.ContainsFunc(name, func(r rune) bool { return r > unicode.MaxASCII }) {
-			return fmt.Errorf("member %.40q is there twice, or not in lower case ASCII", name)
-		}
-		if len(seen) == maxList {
-			return errors.New("too many members")
-		}
-		seen = append(seen, name)
-		var skip json.RawMessage
-		if err := d.Decode(&skip); err != nil {
-			return err
-		}
-	}
-	if _, err := d.Token(); err != nil {
+	if _, err := members(frame[4:]); err != nil {
 		return err
 	}
-	if _, err := d.Token(); err != io.EOF {
-		return errors.New("something follows the object")
+	if err := json.Unmarshal(frame[4:], message); err != nil {
+		return &formError{err.Error()}
 	}
 	return nil
 }
@@ -220,43 +171,3 @@ func (h *helloServer) check(client *helloClient) error {
 type unsupportedError struct{ text string }
 
 func (e *unsupportedError) Error() string { return "unsupported: " + e.text }
-
-// encodeStatement is the EVIDENCE frame of a statement.
-func encodeStatement(st *Statement, serverEvidence string, limit int) ([]byte, error) {
-	e := evidenceFrame{Format: formatDstack, AgentKey: st.AgentKey, RTMR3: st.RTMR3, Signature: st.Signature, ServerEvidence: serverEvidence}
-	if st.Evidence != nil {
-		log, err := measure.FormatEventLog(st.Evidence.Events, true)
-		if err != nil {
-			return nil, err
-		}
-		e.Quote, e.EventLog, e.VMConfig = st.Evidence.Quote, log, st.Evidence.VMConfig
-	}
-	return encodeFrame(frameEvidence, &e, min(limit, maxEvidence))
-}
-
-// statement takes a statement out of an EVIDENCE frame.
-func (e *evidenceFrame) statement(keyMode bool) (*Statement, error) {
-	st := &Statement{AgentKey: e.AgentKey, RTMR3: e.RTMR3, Signature: e.Signature}
-	switch {
-	case e.Format != formatDstack:
-		return nil, &unsupportedError{fmt.Sprintf("format %.40q", e.Format)}
-	case len(e.AgentKey) > 256 || len(e.Signature) > 256:
-		return nil, &formError{"agent_spki or sig is too long"}
-	case keyMode && (e.Quote != nil || e.EventLog != nil || e.VMConfig != "" || e.Collateral != nil):
-		return nil, &formError{"evidence in key mode"}
-	case keyMode:
-		return st, nil
-	}
-	events, err := measure.ParseEventLog(e.EventLog)
-	if err != nil {
-		return nil, &evidenceError{err}
-	}
-	st.Evidence = &measure.Evidence{Quote: e.Quote, Events: events, VMConfig: e.VMConfig}
-	return st, nil
-}
-
-// evidenceError says that evidence cannot be read.
-type evidenceError struct{ err error }
-
-func (e *evidenceError) Error() string { return "evidence: " + e.err.Error() }
-func (e *evidenceError) Unwrap() error { return e.err }

@@ -53,13 +53,13 @@ func (e *end) newHandshake(ctx context.Context, raw net.Conn, role Role) *handsh
 // begin makes the TLS connection.
 func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, error) {
 	h := e.newHandshake(ctx, raw, role)
-	leaf, err := e.certificate()
+	leaf, cfg, err := e.certificate()
 	if err != nil {
 		return h, err
 	}
 	h.leaf = leaf
-	if h.conn = tls.Client(raw, tlsConfig(leaf)); role == Server {
-		h.conn = tls.Server(raw, tlsConfig(leaf))
+	if h.conn = tls.Client(raw, cfg); role == Server {
+		h.conn = tls.Server(raw, cfg)
 	}
 	h.enter(StepTLS, limitTLS)
 	if err := h.conn.HandshakeContext(ctx); err != nil {
@@ -129,6 +129,14 @@ func (h *handshake) of(role Role) *Session {
 
 // read reads a frame into message. A refusal of the peer is a remote *Error.
 func (h *handshake) read(kind byte, limit int, message any) (frame []byte, err error) {
+	if frame, err = h.receive(kind, limit); err != nil {
+		return nil, err
+	}
+	return frame, decode(frame, message)
+}
+
+// receive reads a frame. A refusal of the peer is a remote *Error.
+func (h *handshake) receive(kind byte, limit int) (frame []byte, err error) {
 	if frame, err = readFrame(h.conn, kind, limit); err != nil {
 		return nil, err
 	}
@@ -145,7 +153,7 @@ func (h *handshake) read(kind byte, limit int, message any) (frame []byte, err e
 			return nil, &Error{Step: h.step, Code: code, Remote: true, Ref: h.ref, RetryAfter: time.Duration(min(max(r.RetryAfter, 0), int(maxRetryAfter/time.Millisecond))) * time.Millisecond}
 		}
 	}
-	return frame, decode(frame, message)
+	return frame, nil
 }
 
 // knownCode keeps a peer from putting words into our logs.
@@ -179,14 +187,19 @@ func (h *handshake) attest(ctx context.Context, mode, serverEvidence string, lim
 	return frame, err
 }
 
-// appraise reads the peer's EVIDENCE and judges it.
-func (h *handshake) readStatement(mode string) (st *Statement, serverEvidence string, err error) {
-	var e evidenceFrame
-	if _, err := h.read(frameEvidence, maxEvidence, &e); err != nil {
+// readStatement reads the peer's EVIDENCE. announced is the agent key of its hello.
+func (h *handshake) readStatement(mode string, announced []byte) (st *Statement, serverEvidence string, err error) {
+	frame, err := h.receive(frameEvidence, maxEvidence)
+	if err != nil {
 		return nil, "", err
 	}
-	st, err = e.statement(mode == modeKey)
-	return st, e.ServerEvidence, err
+	e, err := decodeEvidence(frame)
+	if err != nil {
+		return nil, "", err
+	}
+	known, _ := h.logs.Get([32]byte(announced))
+	st, err = e.statement(mode == modeKey, known)
+	return st, e.serverEvidence, err
 }
 
 // closest is the policy entry that accepts the peer or came closest.
@@ -281,7 +294,7 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 // client asks of us.
 func (h *handshake) appraiseClient(ctx context.Context, mode string, hello *helloClient, entries []string) (own string, err error) {
 	h.enter(StepWaitEvidence, limitWaitEvidence)
-	st, own, err := h.readStatement(mode)
+	st, own, err := h.readStatement(mode, hello.AgentKey)
 	if err != nil {
 		return "", err
 	}
@@ -386,7 +399,7 @@ func (h *handshake) sendEvidence(ctx context.Context, answer *helloServer) (peer
 // appraiseServer judges the server's evidence; then the channel is open for us.
 func (h *handshake) appraiseServer(ctx context.Context, mode string, answer *helloServer, entries []string) (ttl time.Duration, err error) {
 	h.enter(StepWaitEvidence, limitVerify+limitAttest)
-	st, _, err := h.readStatement(mode)
+	st, _, err := h.readStatement(mode, answer.AgentKey)
 	if err != nil {
 		return 0, err
 	}

@@ -38,6 +38,7 @@ var bundleMembers = &members{what: "collateral", closed: true, optional: []strin
 // every signature checked. It is immutable and for many goroutines. When it holds is
 // checked at each use.
 type Collateral struct {
+	of     technology
 	sha256 [32]byte
 	pin    [32]byte          // SHA-256 of root
 	root   *x509.Certificate // where every chain ended
@@ -56,6 +57,10 @@ type Collateral struct {
 // every chain and signature against roots. It does not look at the time. The error is
 // an [*Error].
 func ParseCollateral(bundle []byte, roots *Roots) (*Collateral, error) {
+	return parseCollateral(bundle, roots, ofTD)
+}
+
+func parseCollateral(bundle []byte, roots *Roots, of technology) (*Collateral, error) {
 	if roots == nil || len(roots.pins) == 0 {
 		return nil, &Error{Code: "no_roots", Stage: stageSetup, Hint: "give IntelRoots or NewRoots"}
 	}
@@ -66,7 +71,7 @@ func ParseCollateral(bundle []byte, roots *Roots) (*Collateral, error) {
 	if err != nil {
 		return nil, collateralError("collateral_format", err)
 	}
-	c := &Collateral{sha256: sha256.Sum256(bundle)}
+	c := &Collateral{of: of, sha256: sha256.Sum256(bundle)}
 	if err := c.load(b, roots); err != nil {
 		return nil, err
 	}
@@ -214,7 +219,7 @@ func (c *Collateral) readTCBInfo(b *Bundle, signer *x509.Certificate) (err error
 	if err = checkDocument(b.TCBInfo, b.TCBInfoSignature, signer); err != nil {
 		return collateralError("tcb_info_signature", err)
 	}
-	if c.tcb, err = parseTCBInfo([]byte(b.TCBInfo)); err != nil {
+	if c.tcb, err = parseTCBInfo([]byte(b.TCBInfo), c.of); err != nil {
 		return collateralError("tcb_info_format", err)
 	}
 	return nil
@@ -224,7 +229,7 @@ func (c *Collateral) readQEIdentity(b *Bundle, signer *x509.Certificate) (err er
 	if err = checkDocument(b.QEIdentity, b.QEIdentitySignature, signer); err != nil {
 		return collateralError("qe_identity_signature", err)
 	}
-	if c.qe, err = parseQEIdentity([]byte(b.QEIdentity)); err != nil {
+	if c.qe, err = parseQEIdentity([]byte(b.QEIdentity), c.of); err != nil {
 		return collateralError("qe_identity_format", err)
 	}
 	return nil

@@ -11,6 +11,9 @@
 // used, documents are decoded from exactly the bytes that were signed, with exact
 // keys and no duplicates, and nothing is fetched: there is no network in this package.
 //
+// [Verifier.VerifyEnclave] does the same for the quote of an SGX enclave, as dstack's local
+// key provider is one, with the SGX side's own collateral.
+//
 // # Replay
 //
 // A quote's signature does not bind its bytes: s can be replaced by n-s, and bytes
@@ -19,7 +22,7 @@
 //
 // # Sources
 //
-// Intel SGX and TDX DCAP Quoting Library API (quote formats 4 and 5), Intel SGX PCK
+// Intel SGX and TDX DCAP Quoting Library API (quote formats 3, 4 and 5), Intel SGX PCK
 // Certificate and CRL Profile Specification, Intel PCS API version 4, and the rules
 // of Intel's SGX-TDX-DCAP-QuoteVerificationLibrary.
 package dcap

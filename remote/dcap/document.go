@@ -14,7 +14,8 @@ const (
 	maxAdvisories = 256
 )
 
-// tcbInfo is Intel PCS's TCB info, version 3, of a TDX platform.
+// tcbInfo is Intel PCS's TCB info, version 3, of a TDX platform, or of its SGX side, which
+// has no module and no TDX components.
 type tcbInfo struct {
 	issued, next time.Time
 	fmspc        [6]byte
@@ -61,23 +62,37 @@ type qeIdentity struct {
 var (
 	tcbInfoMembers = &members{what: "TCB info", required: []string{"id", "version", "issueDate", "nextUpdate", "fmspc", "pceId",
 		"tcbType", "tcbEvaluationDataNumber", "tdxModule", "tcbLevels"}, optional: []string{"tdxModuleIdentities"}}
+	enclaveTCBInfoMembers = &members{what: "TCB info", required: []string{"id", "version", "issueDate", "nextUpdate", "fmspc", "pceId",
+		"tcbType", "tcbEvaluationDataNumber", "tcbLevels"}}
 	moduleMembers      = &members{what: "TDX module", required: []string{"mrsigner", "attributes", "attributesMask"}}
 	namedModuleMembers = &members{what: "TDX module identity", required: []string{"id", "mrsigner", "attributes", "attributesMask", "tcbLevels"}}
 	levelMembers       = &members{what: "TCB level", required: []string{"tcb", "tcbDate", "tcbStatus"}, optional: []string{"advisoryIDs"}}
 	platformTCBMembers = &members{what: "TCB", required: []string{"sgxtcbcomponents", "pcesvn", "tdxtcbcomponents"}}
+	enclaveTCBMembers  = &members{what: "TCB", required: []string{"sgxtcbcomponents", "pcesvn"}}
 	svnMembers         = &members{what: "TCB", required: []string{"isvsvn"}}
 	componentMembers   = &members{what: "TCB component", required: []string{"svn"}, optional: []string{"category", "type"}}
 	qeIdentityMembers  = &members{what: "QE identity", required: []string{"id", "version", "issueDate", "nextUpdate", "tcbEvaluationDataNumber",
 		"miscselect", "miscselectMask", "attributes", "attributesMask", "mrsigner", "isvprodid", "tcbLevels"}}
 )
 
+// technology is what a quote is of: a TD, or an SGX enclave.
+type technology struct {
+	id, qe       string   // of TCB info and QE identity
+	tcbInfo, tcb *members // of TCB info and its levels
+}
+
+var (
+	ofTD      = technology{"TDX", "TD_QE", tcbInfoMembers, platformTCBMembers}
+	ofEnclave = technology{"SGX", "QE", enclaveTCBInfoMembers, enclaveTCBMembers}
+)
+
 // parseTCBInfo decodes exactly the bytes whose signature was checked.
-func parseTCBInfo(text []byte) (*tcbInfo, error) {
+func parseTCBInfo(text []byte, of technology) (*tcbInfo, error) {
 	t, s := new(tcbInfo), newScanner(text)
-	s.object(tcbInfoMembers, func(key string) {
+	s.object(of.tcbInfo, func(key string) {
 		switch key {
 		case "id":
-			s.literally("id", "TDX")
+			s.literally("id", of.id)
 		case "version":
 			s.exactly("version", 3)
 		case "issueDate":
@@ -97,7 +112,7 @@ func parseTCBInfo(text []byte) (*tcbInfo, error) {
 		case "tdxModuleIdentities":
 			s.modules(t)
 		case "tcbLevels":
-			s.platformLevels(t)
+			s.platformLevels(t, of.tcb)
 		}
 	})
 	if err := s.end(); err != nil {
@@ -161,10 +176,10 @@ func (t *tcbInfo) identity(id string) *moduleIdentity {
 
 // platformLevels reads the levels and sorts them: their order in the document is not
 // to be relied on.
-func (s *scanner) platformLevels(t *tcbInfo) {
+func (s *scanner) platformLevels(t *tcbInfo, tcb *members) {
 	n := s.array("tcbLevels", maxLevels, func(int) {
 		var l platformLevel
-		l.tcb = s.level(func() { s.platformTCB(&l) })
+		l.tcb = s.level(func() { s.platformTCB(&l, tcb) })
 		t.levels = append(t.levels, l)
 	})
 	if s.err == nil && n == 0 {
@@ -192,8 +207,8 @@ func (s *scanner) level(readTCB func()) (t TCB) {
 	return t
 }
 
-func (s *scanner) platformTCB(l *platformLevel) {
-	s.object(platformTCBMembers, func(key string) {
+func (s *scanner) platformTCB(l *platformLevel, tcb *members) {
+	s.object(tcb, func(key string) {
 		switch key {
 		case "sgxtcbcomponents":
 			s.components(key, &l.sgx, &l.sgxNames)
@@ -241,12 +256,12 @@ func (s *scanner) svnLevels() (levels []svnLevel) {
 }
 
 // parseQEIdentity decodes exactly the bytes whose signature was checked.
-func parseQEIdentity(text []byte) (*qeIdentity, error) {
+func parseQEIdentity(text []byte, of technology) (*qeIdentity, error) {
 	q, s := new(qeIdentity), newScanner(text)
 	s.object(qeIdentityMembers, func(key string) {
 		switch key {
 		case "id":
-			s.literally("id", "TD_QE")
+			s.literally("id", of.qe)
 		case "version":
 			s.exactly("version", 2)
 		case "issueDate":

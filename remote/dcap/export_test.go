@@ -22,10 +22,10 @@ func Judge(quote, tcbInfo, qeIdentity []byte) (platform, module, qe, merged TCB,
 		return platform, module, qe, merged, fault
 	}
 	c := new(Collateral)
-	if c.tcb, err = parseTCBInfo(tcbInfo); err != nil {
+	if c.tcb, err = parseTCBInfo(tcbInfo, ofTD); err != nil {
 		return platform, module, qe, merged, err
 	}
-	if c.qe, err = parseQEIdentity(qeIdentity); err != nil {
+	if c.qe, err = parseQEIdentity(qeIdentity, ofTD); err != nil {
 		return platform, module, qe, merged, err
 	}
 	j, fault := c.judge(a.chain.pck, &q.Body, q.BodyType, a.qe)
@@ -51,7 +51,7 @@ func (v *Verifier) AddChain(name string) {
 
 // The decoders, for fuzzing.
 func ParseTCBInfo(text []byte) (fmspc [6]byte, evaluation int, statuses []string, err error) {
-	t, err := parseTCBInfo(text)
+	t, err := parseTCBInfo(text, ofTD)
 	if err != nil {
 		return fmspc, 0, nil, err
 	}
@@ -71,7 +71,7 @@ func (v *Verifier) ForgetKeys() {
 
 // ParseQEIdentity decodes a QE identity.
 func ParseQEIdentity(text []byte) (signer [32]byte, evaluation int, err error) {
-	q, err := parseQEIdentity(text)
+	q, err := parseQEIdentity(text, ofTD)
 	if err != nil {
 		return signer, 0, err
 	}

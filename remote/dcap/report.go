@@ -1,7 +1,7 @@
 package dcap
 
 import (
-	"crypto/sha256"
+	"bytes"
 	"slices"
 	"time"
 
@@ -40,12 +40,17 @@ type Report struct {
 
 	// SecondOpinion is "agrees", or "not consulted: " and why.
 	SecondOpinion string
+
+	verified *verified
 }
 
-func report(quote []byte, q *measure.Quote, a *attestation, c *Collateral, v *verdict, stale time.Time, opinion string) *Report {
+// IsOf reports whether r is about these bytes.
+func (r *Report) IsOf(quote []byte) bool { return bytes.Equal(r.verified.bytes, quote) }
+
+func newReport(q *verified, c *Collateral, v *verdict, stale time.Time, opinion string) *Report {
 	return &Report{
-		Quote: q, QuoteSHA256: sha256.Sum256(quote[:len(quote)-len(q.Trailing)]), TrailingBytes: len(q.Trailing),
-		PCK: *a.chain.pck, QE: *a.qe, Root: a.chain.pin,
+		Quote: q.quote, QuoteSHA256: q.sha256, TrailingBytes: len(q.quote.Trailing), verified: q,
+		PCK: *q.chain.pck, QE: *q.qe, Root: q.chain.pin,
 		Platform: v.platform.clone(), Module: v.module.clone(), QEStatus: v.qe.clone(), Merged: v.merged.clone(),
 		NewestTCBDate: v.newest, ShortSVNs: slices.Clone(v.short),
 		EvaluationTCB: c.tcb.evaluation, EvaluationQE: c.qe.evaluation,

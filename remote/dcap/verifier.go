@@ -138,12 +138,10 @@ func (v *Verifier) Signatures(quote []byte) (fmspc [6]byte, ca string, err error
 // quote is genuine; its statuses are in the Report and are not judged here. The error
 // is an [*Error], the Report then nil.
 func (v *Verifier) Verify(ctx context.Context, quote []byte, c *Collateral, at time.Time) (*Report, error) {
-	switch {
-	case c == nil || c.tcb == nil:
-		return nil, &Error{Code: "no_collateral", Stage: stageSetup, Hint: "fetch collateral for the platform first"}
-	case at.IsZero():
-		return nil, &Error{Code: "no_time", Stage: stageSetup, Hint: "give the time at which the quote is judged"}
-	case ctx.Err() != nil:
+	if err := checkSetup(c, ofTD, at); err != nil {
+		return nil, err
+	}
+	if ctx.Err() != nil {
 		return nil, &Error{Code: "canceled", Stage: stageSetup, Err: ctx.Err()}
 	}
 	r, err := v.verify(ctx, quote, c, at)
@@ -151,6 +149,20 @@ func (v *Verifier) Verify(ctx context.Context, quote []byte, c *Collateral, at t
 		return nil, err // not returned as it is: a nil *Error is no nil error
 	}
 	return r, nil
+}
+
+// checkSetup demands a time, and collateral of this technology: the SGX side of a platform
+// says nothing of its TDX side.
+func checkSetup(c *Collateral, of technology, at time.Time) *Error {
+	switch {
+	case c == nil || c.tcb == nil:
+		return &Error{Code: "no_collateral", Stage: stageSetup, Hint: "fetch collateral for the platform first"}
+	case c.of.id != of.id:
+		return &Error{Code: "collateral_technology", Stage: stageSetup, Got: "collateral for " + c.of.id + " quotes", Want: "for " + of.id + " quotes"}
+	case at.IsZero():
+		return &Error{Code: "no_time", Stage: stageSetup, Hint: "give the time at which the quote is judged"}
+	}
+	return nil
 }
 
 func (v *Verifier) verify(ctx context.Context, quote []byte, c *Collateral, at time.Time) (*Report, *Error) {
@@ -162,19 +174,48 @@ func (v *Verifier) verify(ctx context.Context, quote []byte, c *Collateral, at t
 	if err != nil {
 		return nil, err
 	}
-	stale, err := v.applicable(a.chain, c, at)
+	sum := sha256.Sum256(quote[:len(quote)-len(q.Trailing)])
+	return v.report(ctx, &verified{v, quote, q, a, sum}, c, at)
+}
+
+// verified is a quote whose every signature holds, which is so for ever.
+type verified struct {
+	by    *Verifier
+	bytes []byte
+	quote *measure.Quote
+	*attestation
+	sha256 [32]byte
+}
+
+// report judges what time and collateral decide.
+func (v *Verifier) report(ctx context.Context, q *verified, c *Collateral, at time.Time) (*Report, *Error) {
+	stale, err := v.applicable(q.chain, c, at)
 	if err != nil {
 		return nil, err
 	}
-	verdict, err := v.judge(q, a, c)
+	verdict, err := v.judge(q.quote, q.attestation, c)
 	if err != nil {
 		return nil, err
 	}
-	opinion, err := v.opinion(ctx, quote[:len(quote)-len(q.Trailing)], a.chain, at)
+	opinion, err := v.opinion(ctx, q.bytes[:len(q.bytes)-len(q.quote.Trailing)], q.chain, at)
 	if err != nil {
 		return nil, err
 	}
-	return report(quote, q, a, c, verdict, stale, opinion), nil
+	return newReport(q, c, verdict, stale, opinion), nil
+}
+
+// VerifyAgain is Verify of the quote that r is about, by today's collateral and time.
+// Where this Verifier has made r, only the quote's signatures are not checked once more:
+// what they cover has not changed, nor may the caller have changed it.
+func (v *Verifier) VerifyAgain(ctx context.Context, r *Report, c *Collateral, at time.Time) (*Report, error) {
+	if r.verified.by != v || c == nil || c.tcb == nil || at.IsZero() || ctx.Err() != nil {
+		return v.Verify(ctx, r.verified.bytes, c, at)
+	}
+	again, err := v.report(ctx, r.verified, c, at)
+	if err != nil {
+		return nil, err
+	}
+	return again, nil
 }
 
 func (v *Verifier) parse(quote []byte) (*measure.Quote, *signatureData, *Error) {

@@ -1,9 +1,10 @@
 // Package forward carries bytes between attested channels and local services, so that
 // applications need no TLS code: a local socket in, a local socket out.
 //
-// [Inbound] connects peers to the local service that they were accepted for; [Outbound]
-// opens a channel for each local connection. Both end with their context. A connection
-// ends with its channel, which is cut when its session is over and its drain too.
+// [Inbound] connects peers to the local service that they were accepted for, and tells it
+// who they are if it wants to know; [Outbound] opens a channel for each local connection.
+// Both end with their context. A connection ends with its channel, which is cut when its
+// session is over and its drain too. [Egress] dials for processes without a network.
 //
 // What is cut short does not look like an end to a local TCP peer, which gets a reset:
 // whoever is between two channels' ends can cut them. Unix sockets have no such word.
