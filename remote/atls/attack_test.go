@@ -274,8 +274,6 @@ func TestBadEvidence(t *testing.T) {
 		{"long agent key", "bad_frame", func(m map[string]any) { m["agent_spki"] = make([]byte, 257) }},
 		{"long signature", "bad_frame", func(m map[string]any) { m["sig"] = make([]byte, 257) }},
 		{"RTMR3", "bad_frame", func(m map[string]any) { m["rtmr3"] = "00" }},
-		{"event log", "evidence_invalid", func(m map[string]any) { m["event_log"] = []any{1} }},
-		{"no event log", "evidence_invalid", func(m map[string]any) { delete(m, "event_log") }},
 		{"mode of our evidence", "bad_frame", func(m map[string]any) { m["server_evidence"] = "none" }},
 		{"too large", "bad_frame", func(m map[string]any) { m["vm_config"] = strings.Repeat("x", 257<<10) }},
 		{"application bytes instead", "bad_frame", nil},

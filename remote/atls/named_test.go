@@ -1,6 +1,7 @@
 package atls_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -389,6 +390,33 @@ func TestByHand(t *testing.T) {
 	}
 	if n := len(p.peers()); n != 1 {
 		t.Errorf("%d channels are open, want the first alone", n)
+	}
+}
+
+// TestBadLog has evidence that fits but for its event log.
+func TestBadLog(t *testing.T) {
+	p := newPair(t, "")
+	p.echo(t)
+	for _, log := range []string{`[1]`, `1`, `"["`, `[]x`, `[`, ``} {
+		h := p.byHand(t)
+		head, tail, ok := bytes.Cut(h.evidence(t)[4:], []byte(`"event_log":[`))
+		at := bytes.Index(tail, []byte(`],`))
+		if !ok || at < 0 {
+			t.Fatal("no event log in the frame")
+		}
+		member := `"event_log":` + log
+		if log == "" {
+			member = `"none":1`
+		}
+		h.Write(makeFrame(3, string(head)+member+string(tail[at+1:])))
+		code := "evidence_invalid"
+		if log == "[" { // whose end is not that of the value
+			code = "bad_frame"
+		}
+		wantResult(t, h, code)
+	}
+	if n := p.server.quoted(); n != 0 {
+		t.Errorf("%d quotes for them", n)
 	}
 }
 

@@ -1,7 +1,11 @@
 package atls_test
 
 import (
+	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
 	"io"
 	"net"
@@ -21,22 +25,31 @@ type stranger struct {
 	name string
 	tls  *tls.Config // nil: no TLS
 	send []byte      // first, or after TLS
-	// forger signs this channel with a key of its own, and shows an old quote of a TD that
-	// nobody accepts.
+	// forger signs this channel with a key of its own, and shows an old quote of an accepted
+	// TD with this channel's report data in it: only its signature does not hold.
 	forger *atls.Key
 }
 
 // strangers are one of each kind.
-func strangers(t testing.TB, outsider *machine) []stranger {
+func strangers(t testing.TB, victim *machine) []stranger {
 	bare := tlsOf(t)
 	bare.Certificates = nil
 	both := tlsOf(t)
 	both.NextProtos = []string{atls.ALPN, plainALPN} // the server chooses
-	old, err := outsider.quote(context.Background(), measure.ReportData{})
+	old, err := victim.quote(context.Background(), measure.ReportData{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	forger, err := atls.NewKey(outsider.key, func(context.Context, measure.ReportData) (*measure.Evidence, error) { return old, nil }, outsider.rtmr3)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forger, err := atls.NewKey(key, func(_ context.Context, rd measure.ReportData) (*measure.Evidence, error) {
+		forged := *old
+		forged.Quote = bytes.Clone(old.Quote)
+		copy(forged.Quote[48+520:], rd[:]) // header, and what comes before it in the body
+		return &forged, nil
+	}, victim.rtmr3)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,10 +113,9 @@ const plainALPN = "plain"
 
 // TestStrangersCostNoQuote has many of them, while an honest peer gets in.
 func TestStrangersCostNoQuote(t *testing.T) {
-	outsider := newMachine(t, "outsider", true)
 	p := newPair(t, "", func(_, _ *atls.Config, l *atls.ListenerConfig) { l.PerSecond, l.Burst = 0, 0 }) // the defaults
 	p.echo(t)
-	kinds := strangers(t, outsider)
+	kinds := strangers(t, p.client)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var group sync.WaitGroup
@@ -115,7 +127,7 @@ func TestStrangersCostNoQuote(t *testing.T) {
 	forged := 0
 	for forged == 0 {
 		for _, f := range p.failures.List() {
-			if f.Code == atls.CodeEvidenceInvalid {
+			if f.Code == atls.CodeEvidenceInvalid && f.Checks[0].Name == "signature" {
 				forged++
 			}
 		}
@@ -126,6 +138,62 @@ func TestStrangersCostNoQuote(t *testing.T) {
 	}
 	cancel()
 	group.Wait()
+}
+
+// TestSilentMakeRoom has more silent connections than there may be handshakes, and then
+// an honest client: it takes the place of one of them.
+func TestSilentMakeRoom(t *testing.T) {
+	p := newPair(t, "", func(_, _ *atls.Config, l *atls.ListenerConfig) { l.MaxHandshakes, l.MaxPerAddress = 8, 100 })
+	p.echo(t)
+	var silent []*tls.Conn
+	for range 8 {
+		c := p.stranger(t, tlsOf(t))
+		if err := c.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		silent = append(silent, c)
+	}
+	waits := p.byHand(t) // says hello, so the silent ones go first
+	for range 6 {
+		c, err := net.Dial("tcp", p.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+	}
+	roundTrip(t, p.mustDial(t), "an honest peer")
+	wantResult(t, silent[0], "busy")
+	waits.accepted(t)
+}
+
+// TestAcceptedStay has as many handshakes as may be whose clients were accepted: none of
+// them makes room for a newcomer.
+func TestAcceptedStay(t *testing.T) {
+	held, goOn := make(chan struct{}, 8), make(chan struct{})
+	p := newPair(t, "", func(s, _ *atls.Config, l *atls.ListenerConfig) {
+		l.MaxHandshakes = 1
+		s.Attester = pausing{s.Attester, held, goOn}
+	})
+	p.echo(t)
+	result := make(chan error, 1)
+	go func() {
+		c, err := p.dial()
+		if err == nil {
+			c.Close()
+		}
+		result <- err
+	}()
+	<-held
+	c := p.stranger(t, tlsOf(t))
+	if err := c.Handshake(); err == nil {
+		if _, err := takeFrame(c); err == nil {
+			t.Error("a newcomer gets in")
+		}
+	}
+	close(goOn)
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
 }
 
 // flood has 1,000 strangers a second until stop is called, which says how many dialled.
@@ -205,9 +273,9 @@ func benchHonest(b *testing.B, address string, kinds []stranger, dial func() (ne
 // 1,000 hostile dials a second of the four kinds. Its floor is a plain mutual TLS server
 // under the same. All of them are in this process, and share its processors.
 func BenchmarkStrangers(b *testing.B) {
-	outsider := newMachine(b, "outsider", true)
+	victim := newMachine(b, "client", true) // the one that every server accepts
 	for _, load := range []string{"quiet", "flood"} {
-		kinds := strangers(b, outsider)
+		kinds := strangers(b, victim)
 		if load == "quiet" {
 			kinds = nil
 		}
