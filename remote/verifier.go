@@ -122,6 +122,9 @@ type Expect struct {
 	// spares checking the quote's signatures once more, where that was done under this
 	// policy. Everything else is judged anew.
 	Again *Result
+	// CertificateLife is how long the certificate is valid that the evidence came in.
+	// Zero: it came in none.
+	CertificateLife time.Duration
 	// Offered is collateral that the peer sent along, a bundle as dcap.Bundle has it.
 	// It is used for this appraisal alone, if no configured source has any.
 	Offered []byte

@@ -207,6 +207,7 @@ type Peer struct {
 
 	evidence   *measure.Evidence
 	reportData measure.ReportData
+	life       time.Duration // of the certificate, if there was one
 }
 
 // Assurance is "quote", "key" or "certificate", by how the peer attested, or "none".
@@ -236,12 +237,11 @@ func (p *Peer) Entry() string {
 	return p.Result.Entry
 }
 
-// verify appraises a peer's statement about this session. p gets what it proves.
+// verify appraises a peer's statement about this session, what is cheap to check first.
+// p gets what it proves.
 func (e *end) verify(ctx context.Context, p *Peer, s *Session, st *Statement, announced []byte, service string, entries []string) error {
-	body, hash, err := st.checkSignature(s)
-	if err != nil {
-		return &bindingError{err.Error()}
-	}
+	hash := sha256.Sum256(st.AgentKey)
+	body := s.Body(hash, st.RTMR3)
 	if subtle.ConstantTimeCompare(hash[:], announced) != 1 {
 		return &bindingError{"the agent key is not the one of the hello"}
 	}
@@ -250,24 +250,30 @@ func (e *end) verify(ctx context.Context, p *Peer, s *Session, st *Statement, an
 			return &bindingError{"the peer's agent key is our own"}
 		}
 	}
-	p.AgentKey = hash
 	channel := &remote.Channel{AgentKey: hash, Service: service, KeyMode: st.Evidence == nil}
+	if !channel.KeyMode {
+		if err := st.checkQuote(body); err != nil {
+			return err
+		}
+	}
+	if err := st.checkSignature(body); err != nil {
+		return err
+	}
+	p.AgentKey = hash
 	if channel.KeyMode {
 		return e.verifyKept(ctx, p, st, channel, entries)
 	}
-	q, err := measure.ParseQuote(st.Evidence.Quote)
+	known, _ := e.logs.Get(hash)
+	log, err := st.readLog(known)
 	if err != nil {
-		return &evidenceError{err}
-	}
-	if q.Body.RTMR[measure.RTMR3] != st.RTMR3 {
-		return &bindingError{"RTMR3 of the quote is not the one that was signed"}
+		return err
 	}
 	p.evidence, p.reportData = st.Evidence, ReportData(body)
 	if p.Result, err = e.cfg.Verifier.Appraise(ctx, p.evidence, remote.Expect{ReportData: p.reportData, Entries: entries, Channel: channel}); err != nil {
 		return err
 	}
 	p.VerifiedAt = e.cfg.Now()
-	e.logs.Add(hash, st.log)
+	e.logs.Add(hash, log)
 	if e.cfg.KeyTTL > 0 {
 		e.kept.Add(hash, &kept{evidence: p.evidence, reportData: p.reportData, result: p.Result, rtmr3: st.RTMR3, verifiedAt: p.VerifiedAt})
 	}
