@@ -121,6 +121,9 @@ type Expect struct {
 	// Signed is the quote of the evidence, whose signatures were checked before. Nil: they
 	// were not. They are not checked once more if that was under this policy.
 	Signed *Signed
+	// CertificateLife is how long the certificate is valid that the evidence came in.
+	// Zero: it came in none.
+	CertificateLife time.Duration
 	// Offered is collateral that the peer sent along, a bundle as dcap.Bundle has it.
 	// It is used for this appraisal alone, if no configured source has any.
 	Offered []byte

@@ -362,6 +362,8 @@ func TestKMSRefused(t *testing.T) {
 		"out of date": {func(c *kmstest.Config) {
 			c.EditCertificate = func(cert *x509.Certificate) { cert.NotAfter = testTime.Add(-time.Hour) }
 		}, nil, keys.KMSCertificate, "is good from", 0},
+		"a replayed certificate": {func(c *kmstest.Config) { c.Key = otherKey }, nil, keys.KMSCertificate,
+			"whose key it does not have", 0},
 		"no attestation":      {drop(oid+"1", oid+"2", oid+"8"), nil, keys.KMSAttestation, "no dstack attestation", 0},
 		"half an attestation": {drop(oid+"2", oid+"8"), nil, keys.KMSAttestation, "want both", 0},
 		"evidence of another key": {func(c *kmstest.Config) { c.AttestKey = &otherKey.PublicKey }, nil, keys.KMSAttestation,
@@ -369,7 +371,7 @@ func TestKMSRefused(t *testing.T) {
 		"another application": {func(c *kmstest.Config) { c.Attest = newKMSMachine(t, 0x12).attest }, nil, keys.KMSPolicy, "compose hash", 0},
 		"another platform":    {func(c *kmstest.Config) { c.Attest = newMachine(t, "elsewhere", nil).attest }, nil, keys.KMSPolicy, "not genuine", 0},
 		"another mr-kms":      {nil, func(s *kmsSetup) { s.measured.MRKMS = make([]byte, 32) }, keys.KMSMeasurement, "mr-kms 0000", 0},
-		"we are not accepted": {func(c *kmstest.Config) { c.Guests = newGuest(t).verifier(t, 9) }, nil, keys.KMSDenied, "App not allowed", 2},
+		"we are not accepted": {func(c *kmstest.Config) { c.Guests = newGuest(t).verifier(t, 9) }, nil, keys.KMSDenied, "app not allowed", 2},
 		"an answer too large": {swap("GetAppKey", "{", "{\"x\":\""+strings.Repeat("a", 300<<10)+"\","), nil, keys.KMSAnswer, "more than 262144 bytes", 2},
 		"an authority too large": {swap("GetTempCaCert", "{", "{\"x\":\""+strings.Repeat("a", 300<<10)+"\","), nil, keys.KMSAnswer,
 			"more than 262144 bytes", 1},

@@ -43,6 +43,22 @@ type machine struct {
 
 func newMachine(t testing.TB, name string, measureKey bool) *machine {
 	t.Helper()
+	return bootMachine(t, name, func(m *machine) []byte {
+		if !measureKey {
+			return nil
+		}
+		der, err := x509.MarshalPKIXPublicKey(&m.key.PublicKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(der)
+		return sum[:]
+	})
+}
+
+// bootMachine measures what measured returns as the agent key's hash, nil for none.
+func bootMachine(t testing.TB, name string, measured func(*machine) []byte) *machine {
+	t.Helper()
 	td, err := tdxsim.New(t.TempDir(), tdxsim.Config{Seed: []byte(name)})
 	if err != nil {
 		t.Fatal(err)
@@ -66,13 +82,8 @@ func newMachine(t testing.TB, name string, measureKey bool) *machine {
 	hash := sha256.Sum256([]byte(name))
 	m.emit(t, measure.EventAppID, hash[:20])
 	m.emit(t, measure.EventComposeHash, hash[:])
-	if measureKey {
-		der, err := x509.MarshalPKIXPublicKey(&m.key.PublicKey)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sum := sha256.Sum256(der)
-		m.emit(t, measure.EventAgentKey, sum[:])
+	if hash := measured(m); hash != nil {
+		m.emit(t, measure.EventAgentKey, hash)
 	}
 	m.emit(t, measure.EventSystemReady, nil)
 	return m

@@ -212,6 +212,7 @@ type Peer struct {
 
 	evidence   *measure.Evidence
 	reportData measure.ReportData
+	life       time.Duration // of the certificate, if there was one
 }
 
 // Assurance is "quote", "key" or "certificate", by how the peer attested, or "none".

@@ -87,6 +87,7 @@ func (e *Egress) Serve(ctx context.Context, l net.Listener) error {
 }
 
 func (e *Egress) serve(ctx context.Context, c net.Conn) {
+	defer context.AfterFunc(ctx, func() { c.Close() })() // while it says nothing yet
 	c.SetDeadline(time.Now().Add(requestTimeout))
 	to, early, err := readConnect(c)
 	var up net.Conn

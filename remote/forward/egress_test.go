@@ -101,6 +101,23 @@ func TestThroughEgress(t *testing.T) {
 	}
 }
 
+// TestEgressEarlyBytes loses nothing of an asker that does not wait for the answer.
+func TestEgressEarlyBytes(t *testing.T) {
+	address := backEnd(t, echo)
+	_, socket := startEgress(t, forward.EgressConfig{Allow: destinations(t, address)})
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\nearly", address, address)
+	c.(*net.UnixConn).CloseWrite()
+	if b, err := io.ReadAll(c); err != nil || string(b) != "HTTP/1.1 200 OK\r\n\r\nearly" {
+		t.Errorf("got %q, %v", b, err)
+	}
+}
+
 // TestEgressHTTPS is what a collateral fetch does.
 func TestEgressHTTPS(t *testing.T) {
 	srv, client := tlsServer(t)

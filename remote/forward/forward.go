@@ -1,9 +1,10 @@
 // Package forward carries bytes between attested channels and local services, so that
 // applications need no TLS code: a local socket in, a local socket out.
 //
-// [Inbound] connects peers to the local service that they were accepted for; [Outbound]
-// opens a channel for each local connection. Both end with their context. A connection
-// ends with its channel, which is cut when its session is over and its drain too.
+// [Inbound] connects peers to the local service that they were accepted for, and tells it
+// who they are if it wants to know; [Outbound] opens a channel for each local connection.
+// Both end with their context. A connection ends with its channel, which is cut when its
+// session is over and its drain too. [Egress] dials for processes without a network.
 //
 // What is cut short does not look like an end to a local TCP peer, which gets a reset:
 // whoever is between two channels' ends can cut them. Unix sockets have no such word.
@@ -153,7 +154,12 @@ func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
 	for i, way := range [][2]net.Conn{{a, b}, {b, a}} {
 		group.Go(func() {
 			from, to := way[0], way[1]
-			err := moved.copy(i, to, from, idle)
+			var err error
+			if idle == 0 { // one of them is a channel, so the kernel cannot copy
+				err = carry(to, from)
+			} else {
+				err = moved.copy(i, to, from, idle)
+			}
 			isWhole[i].Store(err == nil)
 			if err != nil || !closeWrite(to) {
 				end(to, err == nil)

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"strings"
 	"sync"
 	"time"
 
@@ -72,6 +73,7 @@ func newHTTPServer(ctx context.Context, s *Service, log *slog.Logger) *httpServe
 				w.Header().Set("Connection", "close")
 			default:
 			}
+			onlyWebSocket(r.Header)
 			proxy.ServeHTTP(w, r)
 		}),
 		ReadHeaderTimeout: httpHeaderTimeout, IdleTimeout: httpIdle, MaxHeaderBytes: maxHTTPHeader,
@@ -82,6 +84,15 @@ func newHTTPServer(ctx context.Context, s *Service, log *slog.Logger) *httpServe
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	return h
+}
+
+// onlyWebSocket ignores a wish for any other protocol, as RFC 9110 7.8 lets a server: over
+// HTTP/2 in clear text ("h2c") requests would come to the back end that nobody has looked at.
+func onlyWebSocket(h http.Header) {
+	if up := h["Upgrade"]; len(up) != 1 || !strings.EqualFold(up[0], "websocket") {
+		h.Del("Upgrade")
+		h.Del("HTTP2-Settings")
+	}
 }
 
 type channelKey struct{}
