@@ -1,6 +1,7 @@
 package dcap
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/sha256"
@@ -204,18 +205,45 @@ func (v *Verifier) report(ctx context.Context, q *verified, c *Collateral, at ti
 	return newReport(q, c, verdict, stale, opinion), nil
 }
 
-// VerifyAgain is Verify of the quote that r is about, by today's collateral and time.
-// Where this Verifier has made r, only the quote's signatures are not checked once more:
-// what they cover has not changed, nor may the caller have changed it.
-func (v *Verifier) VerifyAgain(ctx context.Context, r *Report, c *Collateral, at time.Time) (*Report, error) {
-	if r.verified.by != v || c == nil || c.tcb == nil || at.IsZero() || ctx.Err() != nil {
-		return v.Verify(ctx, r.verified.bytes, c, at)
-	}
-	again, err := v.report(ctx, r.verified, c, at)
+// Signed is a quote whose every signature a [Verifier] has checked, up to a pinned root.
+// Nothing is known of its TCB, nor whether a certificate was revoked.
+type Signed struct{ verified *verified }
+
+// Signed is the quote that r is about.
+func (r *Report) Signed() *Signed { return &Signed{r.verified} }
+
+// IsOf reports whether s is these bytes.
+func (s *Signed) IsOf(quote []byte) bool { return bytes.Equal(s.verified.bytes, quote) }
+
+// Platform says which collateral the quote's platform needs.
+func (s *Signed) Platform() (fmspc [6]byte, ca string) {
+	return s.verified.chain.pck.FMSPC, s.verified.chain.pck.CA
+}
+
+// CheckSignatures checks every signature of a quote. The error is an [*Error].
+func (v *Verifier) CheckSignatures(quote []byte) (*Signed, error) {
+	q, d, err := v.parse(quote)
 	if err != nil {
 		return nil, err
 	}
-	return again, nil
+	a, err := v.attest(q, d, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &Signed{&verified{v, quote, q, a, sha256.Sum256(quote[:len(quote)-len(q.Trailing)])}}, nil
+}
+
+// VerifySigned is Verify of a quote whose signatures this Verifier has checked: they are
+// not checked once more. The caller has not changed its bytes.
+func (v *Verifier) VerifySigned(ctx context.Context, s *Signed, c *Collateral, at time.Time) (*Report, error) {
+	if s.verified.by != v || c == nil || c.tcb == nil || at.IsZero() || ctx.Err() != nil {
+		return v.Verify(ctx, s.verified.bytes, c, at)
+	}
+	r, err := v.report(ctx, s.verified, c, at)
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
 }
 
 func (v *Verifier) parse(quote []byte) (*measure.Quote, *signatureData, *Error) {
