@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 
 	"github.com/coreos/go-systemd/v22/activation"
@@ -158,6 +159,11 @@ func (f *dialFlags) connectDeclared(cmd *cobra.Command, g *globals, listen strin
 	passed, err := activation.ListenersWithNames()
 	if err != nil {
 		return fmt.Errorf("sockets from systemd: %w", err)
+	}
+	for name, ls := range passed {
+		if len(ls) != 1 || !slices.ContainsFunc(cfg.Connects, func(c ConnectConfig) bool { return c.Name == name }) {
+			return exitf(exitConfig, "systemd passed %d sockets named %q, want one for a [[connect]] of this name (FileDescriptorName=)", len(ls), name)
+		}
 	}
 	var all []outbound
 	for i := range cfg.Connects {

@@ -55,8 +55,8 @@ func (f *imageFlags) register(cmd *cobra.Command) {
 }
 
 // measurement measures the image, nil if none is named. One that c carries is used in
-// its place, and note says so.
-func (f *imageFlags) measurement(cmd *cobra.Command, c *image.VMConfig) (m *image.Measurement, note string, err error) {
+// its place, and note says so. modes are those of the kernel that will be asked for.
+func (f *imageFlags) measurement(cmd *cobra.Command, c *image.VMConfig, modes ...image.KernelMode) (m *image.Measurement, note string, err error) {
 	switch {
 	case f.metadata != "":
 		img, err := image.OpenImage(f.metadata)
@@ -64,7 +64,7 @@ func (f *imageFlags) measurement(cmd *cobra.Command, c *image.VMConfig) (m *imag
 			return nil, "", err
 		}
 		defer img.Close()
-		m, err = img.Static(cmd.Context())
+		m, err = img.Static(cmd.Context(), modes...)
 		return m, "", err
 	case f.material != "":
 		b, err := readCapped(f.material, 1<<20)
@@ -108,7 +108,7 @@ be written with one dash, as older tools have them.`,
 			if err != nil {
 				return err
 			}
-			img, note, err := files.measurement(cmd, c)
+			img, note, err := files.measurement(cmd, c, image.KernelRaw)
 			if err != nil {
 				return usageIfUnmodelled(err)
 			}

@@ -117,6 +117,9 @@ func judge(cmd *cobra.Command, in *evidenceFlags, f *verifierFlags, x remote.Exp
 	if err := in.checkChain(now(), cmd.ErrOrStderr()); err != nil {
 		return nil, err
 	}
+	if len(in.chain) > 0 {
+		x.CertificateLife = in.chain[0].NotAfter.Sub(in.chain[0].NotBefore)
+	}
 	v, _, err := f.verifier(cmd.Context(), warnings(cmd.ErrOrStderr()))
 	if err != nil {
 		return nil, err

@@ -67,28 +67,32 @@ func TestScripts(t *testing.T) {
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"http":          scriptHTTP,
-			"corrupt":       scriptCorrupt,
-			"flip":          scriptFlip,
-			"substitute":    scriptSubstitute,
-			"waitfor":       scriptWaitFor,
-			"hold-http":     scriptHoldHTTP,
-			"post-file":     scriptPostFile,
-			"replace-value": scriptReplaceValue,
-			"appkeys":       scriptAppKeys,
-			"appcert":       scriptAppCert,
-			"exits":         scriptExits,
-			"free-address":  scriptFreeAddress,
-			"webserver":     scriptWebServer,
-			"expand":        scriptExpand,
-			"hangup":        scriptHangup,
-			"waitline":      scriptWaitLine,
-			"sink":          scriptSink,
-			"hold":          scriptHold,
-			"newcert":       scriptNewCert,
-			"append":        scriptAppend,
-			"cut-lines":     scriptCutLines,
-			"forge-line":    scriptForgeLine,
+			"http":            scriptHTTP,
+			"corrupt":         scriptCorrupt,
+			"flip":            scriptFlip,
+			"substitute":      scriptSubstitute,
+			"kms":             scriptKMS,
+			"kms-serve":       scriptKMSServe,
+			"waitfor-refusal": scriptWaitForRefusal,
+			"waitfor":         scriptWaitFor,
+			"hold-http":       scriptHoldHTTP,
+			"post-file":       scriptPostFile,
+			"replace-value":   scriptReplaceValue,
+			"appkeys":         scriptAppKeys,
+			"appcert":         scriptAppCert,
+			"exits":           scriptExits,
+			"free-address":    scriptFreeAddress,
+			"webserver":       scriptWebServer,
+			"expand":          scriptExpand,
+			"hangup":          scriptHangup,
+			"waitline":        scriptWaitLine,
+			"sink":            scriptSink,
+			"hold":            scriptHold,
+			"newcert":         scriptNewCert,
+			"shorter":         scriptShorter,
+			"append":          scriptAppend,
+			"cut-lines":       scriptCutLines,
+			"forge-line":      scriptForgeLine,
 		},
 	})
 }
@@ -405,4 +409,12 @@ func scriptNewCert(ts *testscript.TestScript, _ bool, args []string) {
 		time.Sleep(300 * time.Millisecond) // an endpoint takes 5 a second from one address
 	}
 	ts.Fatalf("%s still shows the certificate in %s", args[1], args[0])
+}
+
+// scriptShorter demands that a file is at most two thirds as long as another: shorter FILE
+// OTHER.
+func scriptShorter(ts *testscript.TestScript, _ bool, args []string) {
+	if n, m := len(ts.ReadFile(args[0])), len(ts.ReadFile(args[1])); 3*n > 2*m {
+		ts.Fatalf("%s has %d bytes, %s %d", args[0], n, args[1], m)
+	}
 }

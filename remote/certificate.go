@@ -26,7 +26,8 @@ func (e *CertificateError) Unwrap() error { return e.Err }
 // must know that the peer holds the key, as TLS shows, and may call this before it
 // knows. What issuers say of the holder is no evidence and is not read.
 //
-// x is as for [Verifier.Appraise], but for ReportData, which follows from the key.
+// x is as for [Verifier.Appraise], but for ReportData, which follows from the key, and
+// CertificateLife.
 // Accepted certificates of at most 64 KiB are remembered for five minutes, under the
 // policy that accepts them. The errors are those of Appraise and a [*CertificateError].
 func (v *Verifier) AppraiseCertificate(ctx context.Context, chain []*x509.Certificate, x Expect) (*Result, *ratls.Attested, error) {
@@ -47,7 +48,7 @@ func (v *Verifier) AppraiseCertificate(ctx context.Context, chain []*x509.Certif
 	if err != nil {
 		return nil, nil, &CertificateError{err}
 	}
-	x.ReportData = a.ReportData
+	x.ReportData, x.CertificateLife = a.ReportData, chain[0].NotAfter.Sub(chain[0].NotBefore)
 	r, err := v.Appraise(ctx, a.Evidence, x)
 	if err != nil {
 		return nil, a, err

@@ -24,6 +24,7 @@ func (e *Entry) judge(s *sheet, c *Claims, x *Expect, at time.Time) {
 	e.judgeApplication(s, c, x)
 	e.judgeChannel(s, c, x)
 	judgeFreshness(s, c, x)
+	e.judgeLifetime(s, x)
 }
 
 func (e *Entry) judgeHardware(s *sheet, c *Claims) {

@@ -81,3 +81,17 @@ func (e *Entry) judgeChannel(s *sheet, c *Claims, x *Expect) {
 		return got, e.Require, hint
 	})
 }
+
+// judgeLifetime checks how long the certificate is valid that the evidence came in.
+func (e *Entry) judgeLifetime(s *sheet, x *Expect) {
+	const name = "certificate_lifetime"
+	switch {
+	case e.MaxCertLifetime == 0:
+	case x.CertificateLife == 0:
+		s.skip(Freshness, name, "the evidence came in no certificate")
+	default:
+		s.check(Freshness, name, x.CertificateLife <= e.MaxCertLifetime, func() (string, string, string) {
+			return x.CertificateLife.String(), "at most " + e.MaxCertLifetime.String(), "the peer must use shorter ones"
+		})
+	}
+}

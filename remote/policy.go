@@ -173,6 +173,11 @@ type Terms struct {
 	MinQESVN             int              `toml:"min_qe_svn"`
 	MinPCESVN            int              `toml:"min_pce_svn"`
 
+	// MaxCertLifetime is how long a certificate with evidence may be valid, from its
+	// first to its last moment. Zero is for ever: dstack's are for ten years, from 1975.
+	// It keeps honest peers to short ones; whoever holds the key can sign any.
+	MaxCertLifetime time.Duration `toml:"max_cert_lifetime"`
+
 	RequireEvents []string `toml:"require_events"`
 	// Era "0.3" accepts a log without system-ready, as dstack 0.3 wrote it: nothing
 	// then separates what was measured at boot from what an application could add.

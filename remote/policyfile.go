@@ -270,7 +270,7 @@ func (t *Terms) check(where string, fault faultFunc) {
 			fault("%s: tcb_status %q can never be accepted; want one of %v", where, s, acceptable)
 		}
 	}
-	for key, d := range map[string]time.Duration{"tcb_grace": t.TCBGrace, "max_collateral_age": t.MaxCollateralAge} {
+	for key, d := range map[string]time.Duration{"tcb_grace": t.TCBGrace, "max_collateral_age": t.MaxCollateralAge, "max_cert_lifetime": t.MaxCertLifetime} {
 		if d < 0 {
 			fault("%s: %s is negative", where, key)
 		}

@@ -32,6 +32,7 @@ func (c *Claims) Skeleton() (string, error) {
 	line("[[peer]]")
 	line("name = \"peer\"")
 	line("# service = [\"...\"]  # our services that this peer may reach over attested channels")
+	line("# require = \"certificate\"  # RA-TLS will do, with require_measured_agent_key = false: it can be relayed and does not age")
 	if r := c.Report; r != nil && r.Root != dcap.IntelRoot() {
 		line("root = \"sha256:%x\"  # SIMULATED: proves nothing about hardware\nallow_simulated = true", r.Root)
 	}

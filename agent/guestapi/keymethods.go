@@ -120,8 +120,8 @@ func tlsMessage(key *keys.TLSKey, err error) (message, error) {
 	if err != nil {
 		return nil, err
 	}
-	text := pemText(key.KeyPEM())
-	return message{{"key", 1, &text}, {"certificate_chain", 2, &key.Chain}}, nil
+	text, chain := pemText(key.KeyPEM()), pemChain(key.Chain)
+	return message{{"key", 1, &text}, {"certificate_chain", 2, &chain}}, nil
 }
 
 func (s *Server) sign(ctx context.Context, c *call) (message, error) {

@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"strconv"
+	"strings"
 
 	"google.golang.org/protobuf/encoding/protowire"
 )
@@ -13,6 +14,9 @@ import (
 
 // pemText is PEM text with a key in it. Unlike a string it can be cleared.
 type pemText []byte
+
+// pemChain is PEM texts without secrets. With evidence in it a chain is most of an answer.
+type pemChain []string
 
 // clear overwrites what a message holds, but for strings.
 func (m message) clear() {
@@ -133,7 +137,13 @@ func appendValue(b []byte, value any) []byte {
 	case *logText:
 		b = append(b, v.quoted...)
 	case *pemText:
-		b = appendPEM(b, *v)
+		b = append(appendSecretPEM(append(b, '"'), *v), '"')
+	case *pemChain:
+		b = append(b, '[')
+		for i, s := range *v {
+			b = append(appendPEM(append(appendComma(b, i), '"'), s), '"')
+		}
+		b = append(b, ']')
 	case *[]string:
 		b = append(b, '[')
 		for i, s := range *v {
@@ -163,10 +173,21 @@ func appendHex(b, v []byte) []byte {
 	return append(b, '"')
 }
 
-// appendPEM appends PEM text as a JSON string. All of it is ASCII, and of what JSON
-// escapes it has only the ends of lines.
-func appendPEM(b []byte, text pemText) []byte {
-	b = append(b, '"')
+// appendPEM appends PEM text as the inside of a JSON string. All of it is ASCII, and of
+// what JSON escapes it has only the ends of lines.
+func appendPEM(b []byte, text string) []byte {
+	for {
+		end := strings.IndexByte(text, '\n')
+		if end < 0 {
+			return append(b, text...)
+		}
+		b = append(append(b, text[:end]...), '\\', 'n')
+		text = text[end+1:]
+	}
+}
+
+// appendSecretPEM is appendPEM for text that must not become a string.
+func appendSecretPEM(b []byte, text pemText) []byte {
 	for _, c := range text {
 		if c == '\n' {
 			b = append(b, '\\', 'n')
@@ -174,7 +195,7 @@ func appendPEM(b []byte, text pemText) []byte {
 			b = append(b, c)
 		}
 	}
-	return append(b, '"')
+	return b
 }
 
 // sizeValue bounds the JSON form, so that no copy of a secret is left behind where a
@@ -186,6 +207,10 @@ func sizeValue(value any) int {
 		size += len(v.quoted)
 	case *pemText:
 		size += 2 * len(*v)
+	case *pemChain:
+		for _, s := range *v {
+			size += len(s) + strings.Count(s, "\n") + 3
+		}
 	case *[]string:
 		for _, s := range *v {
 			size += 2*len(s) + 3
@@ -220,6 +245,11 @@ func appendProtoValue(b []byte, num protowire.Number, value any) []byte {
 	case *pemText:
 		b = protowire.AppendTag(b, num, protowire.BytesType)
 		b = protowire.AppendBytes(b, *v)
+	case *pemChain:
+		for _, s := range *v {
+			b = protowire.AppendTag(b, num, protowire.BytesType)
+			b = protowire.AppendString(b, s)
+		}
 	case *[]string:
 		for _, s := range *v {
 			b = protowire.AppendTag(b, num, protowire.BytesType)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
@@ -88,6 +89,17 @@ func certificates(t testing.TB, k *keys.TLSKey) []*x509.Certificate {
 		chain = append(chain, cert)
 	}
 	return chain
+}
+
+// TestCertificatePEM has encoding/pem write the same, for every length of the last line.
+func TestCertificatePEM(t *testing.T) {
+	der := make([]byte, 400)
+	rand.Read(der)
+	for n := range der {
+		if got, want := keys.CertificatePEM(der[:n]), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der[:n]})); n > 0 && got != want {
+			t.Fatalf("%d bytes:\n%s\nwant\n%s", n, got, want)
+		}
+	}
 }
 
 func seconds(n uint64) *uint64 { return &n }

@@ -8,6 +8,9 @@ import (
 	"tdx-agent/measure"
 )
 
+// CertificatePEM is the text of a certificate.
+func CertificatePEM(der []byte) string { return certificatePEM(der) }
+
 // EncodeKMSRequest encodes what SignCert is asked for.
 func (r *CertificateRequest) EncodeKMSRequest(spki, attestation []byte) []byte {
 	return r.kmsRequest(spki, attestation)

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -79,6 +80,7 @@ func (p *kmsPeer) connect(ctx context.Context, cert *tls.Certificate) (*tls.Conn
 	if err != nil {
 		return nil, err
 	}
+	appraised := false
 	conn := tls.Client(raw, &tls.Config{
 		MinVersion: tls.VersionTLS13, ServerName: p.base.Hostname(), NextProtos: []string{"http/1.1"}, SessionTicketsDisabled: true,
 		InsecureSkipVerify: true, // what follows verifies, and appraises
@@ -86,7 +88,9 @@ func (p *kmsPeer) connect(ctx context.Context, cert *tls.Certificate) (*tls.Conn
 			if len(s.PeerCertificates) == 0 {
 				return p.faultf(KMSCertificate, "it has no certificate")
 			}
-			return p.appraise(ctx, s.PeerCertificates[0])
+			err := p.appraise(ctx, s.PeerCertificates[0])
+			appraised = err == nil
+			return err
 		},
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			if cert == nil {
@@ -97,6 +101,9 @@ func (p *kmsPeer) connect(ctx context.Context, cert *tls.Certificate) (*tls.Conn
 	})
 	if err := conn.HandshakeContext(ctx); err != nil {
 		raw.Close()
+		if appraised && !errors.As(err, new(net.Error)) && !errors.Is(err, io.EOF) && ctx.Err() == nil {
+			return nil, p.faultf(KMSCertificate, "it shows a certificate whose key it does not have: %w", err)
+		}
 		return nil, err
 	}
 	return conn, nil

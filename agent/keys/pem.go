@@ -3,6 +3,7 @@ package keys
 import (
 	"crypto/ecdsa"
 	"encoding/base64"
+	"encoding/binary"
 	"strings"
 )
 
@@ -30,8 +31,10 @@ func pemSize(label string, der []byte) int {
 	return size + size/pemColumn + 1 + 2*len(label) + len("-----BEGIN -----\n-----END -----\n")
 }
 
-// certificatePEM writes the text of a certificate at once: one with evidence has more than
-// 20 KiB, and what takes time is memory.
+// certificatePEM writes the text of a certificate. One with evidence has more than 20 KiB,
+// and this is most of the time that issuing takes beside its signature: so the text is
+// allocated once, and 12 bits are looked up at a time, which takes half as long as
+// encoding/base64 does. Its lookups depend on the data: not for keys.
 func certificatePEM(der []byte) string {
 	const label = "CERTIFICATE"
 	var b strings.Builder
@@ -39,7 +42,15 @@ func certificatePEM(der []byte) string {
 	b.WriteString("-----BEGIN " + label + "-----\n")
 	var line [pemColumn + 1]byte
 	line[pemColumn] = '\n'
-	for len(der) > pemLine {
+	for len(der) >= pemLine+2 { // two more are read
+		for i := range pemLine / 6 {
+			v := binary.BigEndian.Uint64(der[6*i:])
+			binary.LittleEndian.PutUint64(line[8*i:], uint64(base64Pairs[v>>52])|uint64(base64Pairs[v>>40&4095])<<16|uint64(base64Pairs[v>>28&4095])<<32|uint64(base64Pairs[v>>16&4095])<<48)
+		}
+		b.Write(line[:])
+		der = der[pemLine:]
+	}
+	if len(der) > pemLine {
 		base64.StdEncoding.Encode(line[:], der[:pemLine])
 		b.Write(line[:])
 		der = der[pemLine:]
@@ -51,6 +62,15 @@ func certificatePEM(der []byte) string {
 	b.WriteString("-----END " + label + "-----\n")
 	return b.String()
 }
+
+// base64Pairs holds the two digits of 12 bits, the first in the low byte.
+var base64Pairs = func() (pairs [1 << 12]uint16) {
+	const digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+	for i := range pairs {
+		pairs[i] = uint16(digits[i>>6]) | uint16(digits[i&63])<<8
+	}
+	return pairs
+}()
 
 // spkiHead is what comes before the point in the DER SubjectPublicKeyInfo of a P-256 key
 // (RFC 5480).

@@ -100,6 +100,21 @@ func TestProven(t *testing.T) {
 	}
 }
 
+// TestProvenMachine has a word on what a profile's proof does not cover.
+func TestProvenMachine(t *testing.T) {
+	for _, p := range []acpi.Profile{acpi.QEMU8, acpi.QEMU9_1, acpi.QEMU9_2, acpi.QEMU10} {
+		m := acpi.Machine{QEMU: p, CPUs: 1, Memory: 2 << 30, NICs: 1, PIC: true}
+		if got := m.Proven(); got != p.Proven() {
+			t.Errorf("%v: plain machine: %q", p, got)
+		}
+		m.NVSwitches, m.HotplugOff = 1, true
+		build(t, m)
+		if got, want := strings.Contains(m.Proven(), "unproven: GPUs"), p < acpi.QEMU9_2; got != want {
+			t.Errorf("%v with a root port: %q", p, m.Proven())
+		}
+	}
+}
+
 // FuzzBuild wants an error or whole tables of any machine, never a panic, and bounded files.
 func FuzzBuild(f *testing.F) {
 	add := func(m acpi.Machine, flags uint8) {

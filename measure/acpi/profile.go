@@ -110,6 +110,15 @@ func (p Profile) Proven() string {
 	return "unproven: " + p.String()
 }
 
+// Proven is what the profile's says, with what of this machine that proof does not cover.
+func (m *Machine) Proven() string {
+	s := m.QEMU.Proven()
+	if _, ports := m.slots(); ports > 0 && (m.QEMU == QEMU8 || m.QEMU == QEMU9_1) {
+		s += "; unproven: GPUs and NVSwitches, which are taken to be as on QEMU 9.2"
+	}
+	return s
+}
+
 // ParseProfile finds the profile of a QEMU version such as "8.2.2" or "10.0.3". What follows
 // a space, hyphen, plus or tilde, a distribution's suffix, is not looked at. A version whose
 // tables are not known is an error, also where its neighbours on both sides are known.

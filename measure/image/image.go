@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sync/errgroup"
@@ -170,8 +171,10 @@ func (r *contextReader) Read(b []byte) (int, error) {
 }
 
 // Static measures the image's files: firmware, kernel, command line and initrd. The
-// kernel stays in memory, at most 256 MiB; the initrd is streamed.
-func (img *Image) Static(ctx context.Context) (*Measurement, error) {
+// kernel stays in memory, at most 256 MiB; the initrd is streamed. Digests of the kernel
+// that will be asked for ([Measurement.KernelDigest]) in other modes than KernelPatched are
+// best named: they are then calculated along with the rest.
+func (img *Image) Static(ctx context.Context, modes ...KernelMode) (*Measurement, error) {
 	profile, err := ParseFirmwareProfile(img.Metadata.OVMFVariant)
 	if err != nil {
 		return nil, unmodelled("ovmf_variant", "%.40q", img.Metadata.OVMFVariant)
@@ -189,7 +192,7 @@ func (img *Image) Static(ctx context.Context) (*Measurement, error) {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return img.measureFirmware(m) })
-	g.Go(func() error { return img.measureKernel(m) })
+	g.Go(func() error { return img.measureKernel(m, modes) })
 	g.Go(func() error {
 		h := sha512.New384()
 		_, err := img.stream(ctx, img.Metadata.Initrd, MaxInitrd, h)
@@ -246,7 +249,7 @@ func (m *Measurement) takeContents(t *TDVF) {
 	}
 }
 
-func (img *Image) measureKernel(m *Measurement) error {
+func (img *Image) measureKernel(m *Measurement, modes []KernelMode) error {
 	f, size, err := img.open(img.Metadata.Initrd, MaxInitrd)
 	if err != nil {
 		return err
@@ -258,7 +261,12 @@ func (img *Image) measureKernel(m *Measurement) error {
 	}
 	k := &kernelFile{bytes: b, initrdSize: uint32(size)}
 	m.served = &servedKernel{file: k, patched: map[uint64]measure.Digest{}}
+	var other sync.WaitGroup
+	if slices.Contains(modes, KernelRaw) || slices.Contains(modes, KernelNormalized) {
+		other.Go(func() { m.served.rawDigest() }) // an error comes again when it is asked for
+	}
 	m.Kernel, m.kernelErr = k.patched(lowMemorySplit)
+	other.Wait()
 	var not *UnmodelledError
 	if errors.As(m.kernelErr, &not) || m.kernelErr == nil {
 		return nil

@@ -249,3 +249,31 @@ func FuzzKernel(f *testing.F) {
 		}
 	})
 }
+
+// TestKernelModesNamed has the same digests whether a mode was named to Static or not, and
+// keeps what is wrong with the kernel for who asks.
+func TestKernelModesNamed(t *testing.T) {
+	for name, kernel := range map[string][]byte{"kernel": newKernel(), "zImage": append(newKernel()[:0x211], append([]byte{0}, newKernel()[0x212:]...)...)} {
+		path := imageOf(t, kernel, nil)
+		img, err := image.OpenImage(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer img.Close()
+		named, err := img.Static(t.Context(), image.KernelRaw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		plain, err := img.Static(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, mode := range []image.KernelMode{image.KernelPatched, image.KernelRaw} {
+			a, errA := named.KernelDigest(mode, 4<<30)
+			b, errB := plain.KernelDigest(mode, 4<<30)
+			if a != b || (errA == nil) != (errB == nil) {
+				t.Errorf("%s, %v: %v (%v), and without the mode %v (%v)", name, mode, a, errA, b, errB)
+			}
+		}
+	}
+}

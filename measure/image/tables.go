@@ -22,17 +22,17 @@ const (
 )
 
 func tablesOf(machine Machine, root RootDisk) (*machineTables, error) {
-	t, profile, err := buildTables(machine, root)
+	t, built, err := buildTables(machine, root)
 	if err != nil {
 		return nil, err
 	}
 	file := func(name string, content []byte) Event {
 		return Event{Type: typePlatformConfig, Name: name, Digest: sha512.Sum384(content), Payload: []byte("ACPI DATA"), DependsOn: []string{"vcpus", "memory", "qemu", "devices"}}
 	}
-	proven := profile.Proven()
+	proven := built.Proven()
 	if v, err := machine.version(); err == nil {
 		if _, err := acpi.ParseProfile(v.String()); err != nil {
-			proven = fmt.Sprintf("unproven: taken for %v", profile)
+			proven = fmt.Sprintf("unproven: taken for %v", built.QEMU)
 		}
 	}
 	if machine.Hugepages {
@@ -55,27 +55,29 @@ func Tables(machine Machine) (*acpi.Tables, error) {
 	return t, err
 }
 
-func buildTables(machine Machine, root RootDisk) (*acpi.Tables, acpi.Profile, error) {
+// buildTables returns the tables and the machine they are of.
+func buildTables(machine Machine, root RootDisk) (*acpi.Tables, *acpi.Machine, error) {
 	v, err := machine.version()
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, err
 	}
 	profile, err := acpi.ParseProfile(v.String())
 	if err != nil && machine.AssumeProfile {
 		profile, err = assumedProfile(v), nil
 	}
 	if err != nil {
-		return nil, 0, unmodelled("qemu_version", "%v", err)
+		return nil, nil, unmodelled("qemu_version", "%v", err)
 	}
-	t, err := acpi.Build(acpi.Machine{
+	m := acpi.Machine{
 		QEMU: profile, CPUs: machine.VCPUs, Memory: machine.MemoryBytes, PIC: machine.pic(v), HotplugOff: machine.HotplugOff,
 		CDROM: root == RootCDROM, NICs: machine.NICs, Volumes: machine.Volumes, GPUs: machine.GPUs, NVSwitches: machine.NVSwitches,
 		Hugepages: machine.numa() != NUMAOff, Expander: machine.numa() == NUMABridge, PCIHole64: machine.PCIHole64,
-	})
-	if err != nil {
-		return nil, 0, unmodelled("devices", "%v", err)
 	}
-	return t, profile, nil
+	t, err := acpi.Build(m)
+	if err != nil {
+		return nil, nil, unmodelled("devices", "%v", err)
+	}
+	return t, &m, nil
 }
 
 // assumedProfile is the nearest profile of a version that has none of its own.

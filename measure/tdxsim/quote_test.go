@@ -212,3 +212,28 @@ func BenchmarkQuote(b *testing.B) {
 }
 
 var testTime = time.Date(2026, 10, 1, 12, 0, 0, 0, time.UTC)
+
+// TestQuoteOf lets the platform sign for a TD that is not its own.
+func TestQuoteOf(t *testing.T) {
+	td, err := tdxsim.New(t.TempDir(), tdxsim.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer td.Close()
+	regs, err := td.Registers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	regs.MRTD[0] ^= 1
+	regs.RTMR[3][0] ^= 1
+	rd := measure.ReportData{1}
+	b, err := td.QuoteOf(&regs, rd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	verifyQuote(t, td, b)
+	q, err := measure.ParseQuote(b)
+	if err != nil || q.Body.Registers != regs || q.Body.ReportData != rd {
+		t.Errorf("got %+v, %v", q, err)
+	}
+}

@@ -43,6 +43,22 @@ type machine struct {
 
 func newMachine(t testing.TB, name string, measureKey bool) *machine {
 	t.Helper()
+	return bootMachine(t, name, func(m *machine) []byte {
+		if !measureKey {
+			return nil
+		}
+		der, err := x509.MarshalPKIXPublicKey(&m.key.PublicKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(der)
+		return sum[:]
+	})
+}
+
+// bootMachine measures what measured returns as the agent key's hash, nil for none.
+func bootMachine(t testing.TB, name string, measured func(*machine) []byte) *machine {
+	t.Helper()
 	td, err := tdxsim.New(t.TempDir(), tdxsim.Config{Seed: []byte(name)})
 	if err != nil {
 		t.Fatal(err)
@@ -66,13 +82,8 @@ func newMachine(t testing.TB, name string, measureKey bool) *machine {
 	hash := sha256.Sum256([]byte(name))
 	m.emit(t, measure.EventAppID, hash[:20])
 	m.emit(t, measure.EventComposeHash, hash[:])
-	if measureKey {
-		der, err := x509.MarshalPKIXPublicKey(&m.key.PublicKey)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sum := sha256.Sum256(der)
-		m.emit(t, measure.EventAgentKey, sum[:])
+	if hash := measured(m); hash != nil {
+		m.emit(t, measure.EventAgentKey, hash)
 	}
 	m.emit(t, measure.EventSystemReady, nil)
 	return m
@@ -174,6 +185,17 @@ type pair struct {
 	dialer         *atls.Dialer
 	failures       atls.Failures // of the server
 	address        string
+	pipes          pipes // instead of TCP, if it is made
+}
+
+// connect makes a connection below TLS to the server.
+func (p *pair) connect(ctx context.Context, network, address string) (net.Conn, error) {
+	if p.pipes == nil {
+		return new(net.Dialer).DialContext(ctx, network, address)
+	}
+	theirs, ours := net.Pipe()
+	p.pipes <- ours
+	return theirs, nil
 }
 
 type option func(server, client *atls.Config, l *atls.ListenerConfig)
@@ -187,6 +209,7 @@ func newPair(t testing.TB, more string, options ...option) *pair {
 // newPairOf makes a pair of machines that are there.
 func newPairOf(t testing.TB, p *pair, more string, options ...option) *pair {
 	t.Helper()
+	nothingStays(t)
 	sc := atls.Config{Verifier: verifier(t, p.client.entry("client", "echo", more), p.client), Attester: p.server.attester(t), Observe: p.failures.Add}
 	cc := atls.Config{Verifier: verifier(t, p.server.entry("server", "other", more), p.server), Attester: p.client.attester(t)}
 	lc := atls.ListenerConfig{Services: []string{"echo"}, PerSecond: 10000, Burst: 10000}
@@ -194,15 +217,18 @@ func newPairOf(t testing.TB, p *pair, more string, options ...option) *pair {
 		o(&sc, &cc, &lc)
 	}
 	lc.Config = sc
-	inner, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	var inner net.Listener = p.pipes
+	var err error
+	if p.pipes == nil {
+		if inner, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if p.listener, err = atls.NewListener(inner, lc); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.listener.Close() })
-	if p.dialer, err = atls.NewDialer(cc, nil); err != nil {
+	if p.dialer, err = atls.NewDialer(cc, p.connect); err != nil {
 		t.Fatal(err)
 	}
 	p.address = inner.Addr().String()

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/sha512"
+	"crypto/subtle"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -84,7 +85,7 @@ type Statement struct {
 	RTMR3     measure.Digest
 	Signature []byte // ECDSA with SHA-384, ASN.1, by AgentKey
 
-	log *knownLog // of Evidence, if it was received
+	unread []byte // the event log of Evidence that was received, as JSON
 }
 
 // Attester makes this TD's statements. It builds what is signed itself: who can reach
@@ -154,22 +155,35 @@ func (k *Key) Attest(ctx context.Context, s *Session, keyMode bool) (*Statement,
 	return nil, errors.New("atls: RTMR3 was extended during every quote")
 }
 
-// checkSignature checks that the statement's agent key signed this session, and
-// returns the body and the key's hash.
-func (st *Statement) checkSignature(s *Session) (body [BodySize]byte, hash [32]byte, err error) {
+// checkSignature checks that the statement's agent key signed this body.
+func (st *Statement) checkSignature(body [BodySize]byte) error {
 	parsed, err := x509.ParsePKIXPublicKey(st.AgentKey)
 	if err != nil {
-		return body, hash, fmt.Errorf("agent key: %v", err)
+		return &bindingError{fmt.Sprintf("agent key: %v", err)}
 	}
 	key, ok := parsed.(*ecdsa.PublicKey)
 	if !ok || key.Curve != elliptic.P256() {
-		return body, hash, errors.New("agent key is no P-256 key")
+		return &bindingError{"agent key is no P-256 key"}
 	}
-	hash = sha256.Sum256(st.AgentKey)
-	body = s.Body(hash, st.RTMR3)
 	digest := signedDigest(body)
 	if !ecdsa.VerifyASN1(key, digest[:], st.Signature) {
-		return body, hash, errors.New("the agent key did not sign this channel")
+		return &bindingError{"the agent key did not sign this channel"}
 	}
-	return body, hash, nil
+	return nil
+}
+
+// checkQuote checks that the quote is about this body, whoever may have made it.
+func (st *Statement) checkQuote(body [BodySize]byte) error {
+	q, err := measure.ParseQuote(st.Evidence.Quote)
+	if err != nil {
+		return &evidenceError{err}
+	}
+	if q.Body.RTMR[measure.RTMR3] != st.RTMR3 {
+		return &bindingError{"RTMR3 of the quote is not the one that was signed"}
+	}
+	want := ReportData(body)
+	if subtle.ConstantTimeCompare(q.Body.ReportData[:], want[:]) != 1 {
+		return &bindingError{"the quote is about another channel"}
+	}
+	return nil
 }

@@ -171,7 +171,7 @@ func (c *Conn) reappraise(ctx context.Context) error {
 		c.drainFor(min(c.end.cfg.DeniedDrain, c.end.cfg.Drain))
 		return &unsupportedError{"the service takes no unattested clients any more"}
 	}
-	_, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: c.entries,
+	_, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: c.entries, CertificateLife: c.peer.life,
 		Channel: &remote.Channel{AgentKey: c.peer.AgentKey, Service: c.service, KeyMode: c.peer.KeyMode, Certificate: c.peer.Certificate}})
 	switch {
 	case errors.As(err, new(*remote.Rejection)):

@@ -92,9 +92,8 @@ func decodeBytes(value []byte) ([]byte, error) {
 	return base64.StdEncoding.AppendDecode(nil, value[1:len(value)-1])
 }
 
-// statement takes a statement out of an EVIDENCE frame. known is the log of an earlier
-// statement of the same peer, or nil.
-func (e *evidenceFrame) statement(keyMode bool, known *knownLog) (*Statement, error) {
+// statement takes a statement out of an EVIDENCE frame. Its log is not read yet.
+func (e *evidenceFrame) statement(keyMode bool) (*Statement, error) {
 	st := &Statement{AgentKey: e.agentKey, RTMR3: e.rtmr3, Signature: e.signature}
 	switch {
 	case e.format != formatDstack:
@@ -106,12 +105,8 @@ func (e *evidenceFrame) statement(keyMode bool, known *knownLog) (*Statement, er
 	case keyMode:
 		return st, nil
 	}
-	log, err := e.log(known)
-	if err != nil {
-		return nil, &evidenceError{err}
-	}
-	st.log = log
-	st.Evidence = &measure.Evidence{Quote: e.quote, Events: log.events, VMConfig: e.vmConfig}
+	st.unread = e.eventLog
+	st.Evidence = &measure.Evidence{Quote: e.quote, VMConfig: e.vmConfig}
 	return st, nil
 }
 
@@ -121,15 +116,18 @@ type knownLog struct {
 	events []measure.Event // shared: nobody changes them
 }
 
-func (e *evidenceFrame) log(known *knownLog) (*knownLog, error) {
-	if known != nil && known.text == string(e.eventLog) {
-		return known, nil
+// readLog reads the event log of evidence that was received. known is that of an earlier
+// statement of the same peer, or nil.
+func (st *Statement) readLog(known *knownLog) (*knownLog, error) {
+	if known == nil || known.text != string(st.unread) {
+		events, err := measure.ParseEventLog(st.unread)
+		if err != nil {
+			return nil, &evidenceError{err}
+		}
+		known = &knownLog{string(st.unread), events}
 	}
-	events, err := measure.ParseEventLog(e.eventLog)
-	if err != nil {
-		return nil, err
-	}
-	return &knownLog{string(e.eventLog), events}, nil
+	st.Evidence.Events = known.events
+	return known, nil
 }
 
 // evidenceError says that evidence cannot be read.

@@ -18,7 +18,11 @@ func DecodeEvidence(body []byte) (*Statement, error) {
 	if err != nil {
 		return nil, err
 	}
-	return e.statement(false, nil)
+	st, err := e.statement(false)
+	if err == nil {
+		_, err = st.readLog(nil)
+	}
+	return st, err
 }
 
 // EncodeStatement returns the body of an EVIDENCE frame.

@@ -42,8 +42,9 @@ type handshake struct {
 	peer    *Peer
 	policy  *remote.Policy // of the start
 
-	hasQuoted  bool // our evidence is a quote
-	isReserved bool // there is a place for the channel; end.mu guards it
+	hasQuoted  bool           // our evidence is a quote
+	isReserved bool           // there is a place for the channel; end.mu guards it
+	progress   func(standing) // of a client, for a server
 }
 
 func (e *end) newHandshake(ctx context.Context, raw net.Conn, role Role) *handshake {
@@ -187,8 +188,8 @@ func (h *handshake) attest(ctx context.Context, mode, serverEvidence string, lim
 	return frame, err
 }
 
-// readStatement reads the peer's EVIDENCE. announced is the agent key of its hello.
-func (h *handshake) readStatement(mode string, announced []byte) (st *Statement, serverEvidence string, err error) {
+// readStatement reads the peer's EVIDENCE.
+func (h *handshake) readStatement(mode string) (st *Statement, serverEvidence string, err error) {
 	frame, err := h.receive(frameEvidence, maxEvidence)
 	if err != nil {
 		return nil, "", err
@@ -197,8 +198,7 @@ func (h *handshake) readStatement(mode string, announced []byte) (st *Statement,
 	if err != nil {
 		return nil, "", err
 	}
-	known, _ := h.logs.Get([32]byte(announced))
-	st, err = e.statement(mode == modeKey, known)
+	st, err = e.statement(mode == modeKey)
 	return st, e.serverEvidence, err
 }
 
@@ -275,12 +275,14 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 	if err := h.bind(frameC, frameS); err != nil {
 		return 0, err
 	}
+	h.progress(greeted)
 	own := modeQuote
 	if mode != modeNone {
 		if own, err = h.appraiseClient(ctx, mode, &hello, l.Entries[hello.Service]); err != nil {
 			return 0, err
 		}
 	}
+	h.progress(appraised)
 	if !h.reserve(l.MaxConnections) {
 		return 0, &busyError{time.Second}
 	}
@@ -294,7 +296,7 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 // client asks of us.
 func (h *handshake) appraiseClient(ctx context.Context, mode string, hello *helloClient, entries []string) (own string, err error) {
 	h.enter(StepWaitEvidence, limitWaitEvidence)
-	st, own, err := h.readStatement(mode, hello.AgentKey)
+	st, own, err := h.readStatement(mode)
 	if err != nil {
 		return "", err
 	}
@@ -399,7 +401,7 @@ func (h *handshake) sendEvidence(ctx context.Context, answer *helloServer) (peer
 // appraiseServer judges the server's evidence; then the channel is open for us.
 func (h *handshake) appraiseServer(ctx context.Context, mode string, answer *helloServer, entries []string) (ttl time.Duration, err error) {
 	h.enter(StepWaitEvidence, limitVerify+limitAttest)
-	st, _, err := h.readStatement(mode, answer.AgentKey)
+	st, _, err := h.readStatement(mode)
 	if err != nil {
 		return 0, err
 	}

@@ -29,7 +29,10 @@ func TestMaxConnections(t *testing.T) {
 			t.Fatal(err)
 		}
 		go func() {
-			_, err := d.DialContext(t.Context(), "tcp", p.address, "echo", []string{"server"})
+			c, err := d.DialContext(t.Context(), "tcp", p.address, "echo", []string{"server"})
+			if err == nil {
+				t.Cleanup(func() { c.Close() })
+			}
 			results <- err
 		}()
 	}

@@ -4,14 +4,9 @@ import (
 	"context"
 	"errors"
 	"net"
-	"net/netip"
 	"slices"
 	"sync"
 	"time"
-
-	"golang.org/x/time/rate"
-
-	"tdx-agent/remote/cache"
 )
 
 // ListenerConfig says what a [Listener] offers and spends. A zero limit has its
@@ -60,10 +55,7 @@ type Listener struct {
 	failed chan error // inner's Accept
 	slots  chan struct{}
 
-	mu       sync.Mutex // guards what follows
-	pending  map[string]int
-	total    int
-	limiters *cache.Cache[string, *rate.Limiter]
+	admission *admission
 }
 
 // NewListener accepts channels on inner, which it closes with itself.
@@ -80,7 +72,7 @@ func NewListener(inner net.Listener, cfg ListenerConfig) (*Listener, error) {
 		return nil, err
 	}
 	l := &Listener{inner: inner, cfg: cfg, end: e, ready: make(chan *Conn), failed: make(chan error, 1), slots: make(chan struct{}, cfg.MaxQuotes),
-		pending: map[string]int{}, limiters: cache.New[string, *rate.Limiter](2048)}
+		admission: newAdmission(&cfg)}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	l.group.Go(l.acceptAll)
 	return l, nil
@@ -97,12 +89,12 @@ func (l *Listener) acceptAll() {
 			l.failed <- err
 			return
 		}
-		host, ok := l.admit(raw)
-		if !ok {
+		a := l.admit(raw)
+		if a == nil {
 			raw.Close() // before TLS there is nothing to say it with
 			continue
 		}
-		l.group.Go(func() { l.handshake(raw, host) })
+		l.group.Go(func() { l.handshake(raw, a) })
 	}
 }
 
@@ -121,60 +113,20 @@ func (l *Listener) pause() bool {
 	}
 }
 
-// admit counts a connection against its address.
-func (l *Listener) admit(raw net.Conn) (host string, ok bool) {
-	host, err := clientOf(address(raw))
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if err == nil { // other sockets than TCP have no addresses to tell clients by
-		limiter, known := l.limiters.Get(host)
-		if !known {
-			limiter = rate.NewLimiter(rate.Limit(l.cfg.PerSecond), l.cfg.Burst)
-			l.limiters.Add(host, limiter)
-		}
-		if !limiter.Allow() || l.pending[host] >= l.cfg.MaxPerAddress {
-			return host, false
-		}
-	}
-	if l.total >= l.cfg.MaxHandshakes || !l.end.hasRoom(l.cfg.MaxConnections) {
-		return host, false
-	}
-	l.pending[host]++
-	l.total++
-	return host, true
-}
-
-// clientOf is what limits count as one address: of IPv6 a /64, all of which one machine
-// may have.
-func clientOf(address string) (string, error) {
-	a, err := netip.ParseAddrPort(address)
-	if err != nil {
-		return "", err
-	}
-	ip := a.Addr().Unmap().WithZone("")
-	if ip.Is4() {
-		return ip.String(), nil
-	}
-	prefix, err := ip.Prefix(64)
-	return prefix.String(), err
-}
-
-func (l *Listener) done(host string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.total--
-	if l.pending[host]--; l.pending[host] == 0 {
-		delete(l.pending, host)
-	}
-}
-
 func (e *end) takesUnattested(cfg *ListenerConfig, service string) bool {
 	return slices.Contains(cfg.Unattested, service) && e.cfg.Verifier.Policy().AllowsUnattested(service)
 }
 
-func (l *Listener) handshake(raw net.Conn, host string) {
-	c, err := l.handshaken(raw)
-	l.done(host)
+func (l *Listener) admit(raw net.Conn) *admitted {
+	if !l.end.hasRoom(l.cfg.MaxConnections) {
+		return nil
+	}
+	return l.admission.admit(l.ctx, address(raw))
+}
+
+func (l *Listener) handshake(raw net.Conn, a *admitted) {
+	c, err := l.handshaken(raw, a)
+	l.admission.done(a)
 	if err != nil {
 		raw.Close()
 		return
@@ -186,11 +138,13 @@ func (l *Listener) handshake(raw net.Conn, host string) {
 	}
 }
 
-func (l *Listener) handshaken(raw net.Conn) (*Conn, error) {
-	ctx, cancel := context.WithTimeout(l.ctx, limitTotal)
-	defer cancel()
+func (l *Listener) handshaken(raw net.Conn, a *admitted) (*Conn, error) {
+	ctx := a.ctx
 	defer context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })()
-	h, ttl, err := l.talk(ctx, raw)
+	h, ttl, err := l.talk(ctx, raw, a)
+	if err != nil && l.admission.wasEvicted(a) {
+		err = &busyError{time.Second}
+	}
 	var c *Conn
 	if err == nil {
 		c, err = h.open(ctx, ttl, h.peer.Service, l.cfg.Entries[h.peer.Service])
@@ -203,11 +157,12 @@ func (l *Listener) handshaken(raw net.Conn) (*Conn, error) {
 }
 
 // talk appraises the client.
-func (l *Listener) talk(ctx context.Context, raw net.Conn) (h *handshake, ttl time.Duration, err error) {
+func (l *Listener) talk(ctx context.Context, raw net.Conn, a *admitted) (h *handshake, ttl time.Duration, err error) {
 	if l.cfg.RATLS != nil {
 		return l.end.serveRATLS(ctx, raw, &l.cfg)
 	}
 	if h, err = l.end.begin(ctx, raw, Server); err == nil {
+		h.progress = func(s standing) { l.admission.move(a, s) }
 		ttl, err = h.serve(ctx, &l.cfg, l.slots)
 	}
 	return h, ttl, err

@@ -65,8 +65,7 @@ func (e *end) serveRATLS(ctx context.Context, raw net.Conn, l *ListenerConfig) (
 	if mayBeNobody {
 		cfg.ClientAuth = tls.RequestClientCert
 	}
-	h.conn = tls.Server(raw, cfg)
-	ttl, err = h.handshakeRATLS(ctx, cfg, l.Entries[h.peer.Service], mayBeNobody)
+	ttl, err = h.handshakeRATLS(ctx, raw, cfg, l.Entries[h.peer.Service], mayBeNobody)
 	if err == nil && !h.reserve(l.MaxConnections) {
 		err = &busyError{time.Second}
 	}
@@ -84,8 +83,7 @@ func (e *end) dialRATLS(ctx context.Context, raw net.Conn, address, service stri
 	if host, _, err := net.SplitHostPort(address); err == nil {
 		cfg.ServerName = host // for those who route by it; it proves nothing
 	}
-	h.conn = tls.Client(raw, cfg)
-	ttl, err = h.handshakeRATLS(ctx, cfg, entries, false)
+	ttl, err = h.handshakeRATLS(ctx, raw, cfg, entries, false)
 	return h, ttl, err
 }
 
@@ -110,7 +108,7 @@ func (h *handshake) ratlsConfig(ctx context.Context) (*tls.Config, error) {
 // handshakeRATLS makes the TLS connection. The peer's certificate is appraised in
 // VerifyConnection, which runs for every handshake, and counts once TLS has shown that
 // the peer holds its key. The session ends with the certificate at the latest.
-func (h *handshake) handshakeRATLS(ctx context.Context, cfg *tls.Config, entries []string, mayBeNobody bool) (ttl time.Duration, err error) {
+func (h *handshake) handshakeRATLS(ctx context.Context, raw net.Conn, cfg *tls.Config, entries []string, mayBeNobody bool) (ttl time.Duration, err error) {
 	var proven Peer
 	cfg.VerifyConnection = func(state tls.ConnectionState) error {
 		if len(state.PeerCertificates) == 0 && mayBeNobody {
@@ -122,6 +120,9 @@ func (h *handshake) handshakeRATLS(ctx context.Context, cfg *tls.Config, entries
 			h.step = StepTLS
 		}
 		return err
+	}
+	if h.conn = tls.Client(raw, cfg); h.role == Server {
+		h.conn = tls.Server(raw, cfg)
 	}
 	h.enter(StepTLS, limitTLS+limitVerify)
 	if err := h.conn.HandshakeContext(ctx); err != nil {
@@ -135,7 +136,8 @@ func (h *handshake) handshakeRATLS(ctx context.Context, cfg *tls.Config, entries
 		return 0, nil
 	}
 	h.step = StepVerify
-	h.peer.Result, h.peer.Certificate, h.peer.evidence, h.peer.reportData = proven.Result, true, proven.evidence, proven.reportData
+	h.peer.Result, h.peer.Certificate = proven.Result, true
+	h.peer.evidence, h.peer.reportData, h.peer.life = proven.evidence, proven.reportData, proven.life
 	return max(state.PeerCertificates[0].NotAfter.Sub(h.cfg.Now()), time.Second), nil
 }
 
@@ -158,6 +160,6 @@ func (h *handshake) appraiseChain(ctx context.Context, p *Peer, chain []*x509.Ce
 	if err != nil {
 		return err
 	}
-	p.Result, p.evidence, p.reportData = r, a.Evidence, a.ReportData
+	p.Result, p.evidence, p.reportData, p.life = r, a.Evidence, a.ReportData, chain[0].NotAfter.Sub(chain[0].NotBefore)
 	return nil
 }

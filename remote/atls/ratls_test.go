@@ -446,3 +446,40 @@ func TestRATLSEntries(t *testing.T) {
 		t.Errorf("%+v, want policy_denied: the service is for another entry", h)
 	}
 }
+
+// TestRATLSLifetime has a policy that wants certificates to be short, before and after a
+// connection is open.
+func TestRATLSLifetime(t *testing.T) {
+	var v *remote.Verifier
+	p := newRATLSPair(t, weak+`max_cert_lifetime = "2h"`, func(_, c *atls.Config, _ *atls.ListenerConfig) { v = c.Verifier })
+	p.echo(t)
+	c := p.mustDial(t)
+	roundTrip(t, c, "x")
+	deny(t, v, p.server, p.server.entry("server", "other", weak+`max_cert_lifetime = "1h"`)) // it lives 65 minutes
+	if n := p.dialer.Reappraise(context.Background()); n != 1 {
+		t.Errorf("%d denied, want 1", n)
+	}
+	_, err := p.dial()
+	wantCode(t, err, atls.CodePolicyDenied, false)
+	if !strings.Contains(err.Error(), "certificate lifetime: got 1h5m0s: want at most 1h0m0s") {
+		t.Error(err)
+	}
+}
+
+// TestRATLSZeroAgentKey has a server that has measured the agent key which a certificate
+// lacks, 32 zeros, and a policy that demands a measured one.
+func TestRATLSZeroAgentKey(t *testing.T) {
+	zeros := func(*machine) []byte { return make([]byte, 32) }
+	p := &pair{server: bootMachine(t, "server", zeros), client: newMachine(t, "client", false)}
+	newPairOf(t, p, weak, func(s, c *atls.Config, _ *atls.ListenerConfig) {
+		s.Attester, s.RATLS = nil, &atls.RATLS{Certificate: p.server.certificate(t)}
+		c.Attester, c.RATLS = nil, &atls.RATLS{Certificate: p.client.certificate(t)}
+		c.Verifier = verifier(t, p.server.entry("server", "other", `require = "certificate"`), p.server)
+	})
+	p.echo(t)
+	_, err := p.dial()
+	wantCode(t, err, atls.CodePolicyDenied, false)
+	if !strings.Contains(err.Error(), "agent key: got a certificate, which no agent key has signed") {
+		t.Error(err)
+	}
+}

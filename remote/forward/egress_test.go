@@ -21,6 +21,7 @@ import (
 // startEgress serves an Egress with cfg at the socket it returns, until the test's end.
 func startEgress(t *testing.T, cfg forward.EgressConfig) (e *forward.Egress, socket string) {
 	t.Helper()
+	nothingStays(t)
 	dir, err := os.MkdirTemp("", "egress") // a test's own folder has too long a path for a socket
 	if err != nil {
 		t.Fatal(err)
@@ -98,6 +99,23 @@ func TestThroughEgress(t *testing.T) {
 	}
 	if _, relayed, refused := e.Counts(); relayed != 1 || refused != 0 {
 		t.Errorf("%d relayed, %d refused", relayed, refused)
+	}
+}
+
+// TestEgressEarlyBytes loses nothing of an asker that does not wait for the answer.
+func TestEgressEarlyBytes(t *testing.T) {
+	address := backEnd(t, echo)
+	_, socket := startEgress(t, forward.EgressConfig{Allow: destinations(t, address)})
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\nearly", address, address)
+	c.(*net.UnixConn).CloseWrite()
+	if b, err := io.ReadAll(c); err != nil || string(b) != "HTTP/1.1 200 OK\r\n\r\nearly" {
+		t.Errorf("got %q, %v", b, err)
 	}
 }
 

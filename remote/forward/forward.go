@@ -1,9 +1,10 @@
 // Package forward carries bytes between attested channels and local services, so that
 // applications need no TLS code: a local socket in, a local socket out.
 //
-// [Inbound] connects peers to the local service that they were accepted for; [Outbound]
-// opens a channel for each local connection. Both end with their context. A connection
-// ends with its channel, which is cut when its session is over and its drain too.
+// [Inbound] connects peers to the local service that they were accepted for, and tells it
+// who they are if it wants to know; [Outbound] opens a channel for each local connection.
+// Both end with their context. A connection ends with its channel, which is cut when its
+// session is over and its drain too. [Egress] dials for processes without a network.
 //
 // What is cut short does not look like an end to a local TCP peer, which gets a reset:
 // whoever is between two channels' ends can cut them. Unix sockets have no such word.
@@ -54,7 +55,7 @@ func Inbound(ctx context.Context, l *atls.Listener, log *slog.Logger, services m
 			defer servers[name].close()
 		}
 	}
-	return each(ctx, l, maxInbound, func(accepted net.Conn) {
+	return each(ctx, l, maxInbound, log, func(accepted net.Conn) {
 		c := accepted.(*atls.Conn)
 		name := c.Peer().Service
 		if h := servers[name]; h != nil {
@@ -97,7 +98,7 @@ func (s *Service) connect(ctx context.Context, c *atls.Conn) (net.Conn, error) {
 // Outbound accepts local connections until ctx ends, and connects each with a channel
 // of its own that dial opens. It closes l.
 func Outbound(ctx context.Context, l net.Listener, log *slog.Logger, dial func(context.Context) (net.Conn, error)) error {
-	return each(ctx, l, maxConnections, func(local net.Conn) {
+	return each(ctx, l, maxConnections, log, func(local net.Conn) {
 		c, err := dial(ctx)
 		if err != nil {
 			log.Warn("no channel", "error", err)
@@ -115,7 +116,7 @@ const (
 )
 
 // each runs serve for each connection, of most at once, and closes it after that.
-func each(ctx context.Context, l net.Listener, most int, serve func(net.Conn)) error {
+func each(ctx context.Context, l net.Listener, most int, log *slog.Logger, serve func(net.Conn)) error {
 	var group sync.WaitGroup
 	defer group.Wait()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
@@ -126,7 +127,7 @@ func each(ctx context.Context, l net.Listener, most int, serve func(net.Conn)) e
 		case <-ctx.Done():
 			return nil
 		}
-		c, err := l.Accept()
+		c, err := accept(ctx, l, log)
 		if err != nil {
 			l.Close()
 			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
@@ -142,6 +143,32 @@ func each(ctx context.Context, l net.Listener, most int, serve func(net.Conn)) e
 	}
 }
 
+// Pauses of accept. What is short of descriptors has others to wait for.
+const (
+	firstPause = 5 * time.Millisecond
+	lastPause  = time.Second
+)
+
+// accept waits out what ends by itself, as net/http does: too many open files must not
+// end what is carried already.
+func accept(ctx context.Context, l net.Listener, log *slog.Logger) (net.Conn, error) {
+	for pause := firstPause; ; pause = min(2*pause, lastPause) {
+		c, err := l.Accept()
+		if temporary, ok := errors.AsType[interface {
+			error
+			Temporary() bool
+		}](err); !ok || !temporary.Temporary() {
+			return c, err
+		}
+		log.Warn("no connection can be accepted", "error", err, "again_in", pause)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
+}
+
 // join copies both ways until both ends are done, ctx ends, one way fails, or neither way
 // carries anything for about idle (0: for however long). It closes b; a is the caller's.
 func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
@@ -153,7 +180,12 @@ func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
 	for i, way := range [][2]net.Conn{{a, b}, {b, a}} {
 		group.Go(func() {
 			from, to := way[0], way[1]
-			err := moved.copy(i, to, from, idle)
+			var err error
+			if idle == 0 { // one of them is a channel, so the kernel cannot copy
+				err = carry(to, from)
+			} else {
+				err = moved.copy(i, to, from, idle)
+			}
 			isWhole[i].Store(err == nil)
 			if err != nil || !closeWrite(to) {
 				end(to, err == nil)

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"strings"
 	"sync"
 	"time"
 
@@ -44,6 +45,7 @@ func newHTTPServer(ctx context.Context, s *Service, log *slog.Logger) *httpServe
 		// ours with them.
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", "backend" // one pool; Host stays the peer's
+			r.Out.URL.RawQuery = r.In.URL.RawQuery               // also what net/url cannot read: nothing here goes by it
 			r.Out.Trailer = nil                                  // could repeat a header after its check
 			id := IdentityOf(mustPeer(r.In))
 			setIdentity(r.Out.Header, &id, s.FlashbotsHeaders)
@@ -72,6 +74,7 @@ func newHTTPServer(ctx context.Context, s *Service, log *slog.Logger) *httpServe
 				w.Header().Set("Connection", "close")
 			default:
 			}
+			onlyWebSocket(r.Header)
 			proxy.ServeHTTP(w, r)
 		}),
 		ReadHeaderTimeout: httpHeaderTimeout, IdleTimeout: httpIdle, MaxHeaderBytes: maxHTTPHeader,
@@ -82,6 +85,15 @@ func newHTTPServer(ctx context.Context, s *Service, log *slog.Logger) *httpServe
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	return h
+}
+
+// onlyWebSocket ignores a wish for any other protocol, as RFC 9110 7.8 lets a server: over
+// HTTP/2 in clear text ("h2c") requests would come to the back end that nobody has looked at.
+func onlyWebSocket(h http.Header) {
+	if up := h["Upgrade"]; len(up) != 1 || !strings.EqualFold(up[0], "websocket") {
+		h.Del("Upgrade")
+		h.Del("HTTP2-Settings")
+	}
 }
 
 type channelKey struct{}

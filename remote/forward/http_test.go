@@ -87,6 +87,9 @@ func TestIdentityHeaders(t *testing.T) {
 		{name: "a trailer", lines: "Transfer-Encoding: chunked\r\nTrailer: X-Attested-App-Id\r\n", body: "1\r\nx\r\n0\r\nX-Attested-App-Id: evil\r\n\r\n"},
 		{name: "a trailer that nobody announced", lines: "Transfer-Encoding: chunked\r\n", body: "1\r\nx\r\n0\r\nX-Attested-App-Id: evil\r\n\r\n"},
 		{name: "a continued line", lines: "X-Foo: a\r\n X-Attested-App-Id: evil\r\n"},
+		{name: "another protocol, without its sight", lines: "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"},
+		{name: "one of two protocols", lines: "Connection: Upgrade\r\nUpgrade: websocket, h2c\r\n"},
+		{name: "two protocols", lines: "Connection: Upgrade\r\nUpgrade: websocket\r\nUpgrade: h2c\r\n"},
 		{name: "flashbots", lines: "X-Flashbots-Measurement: evil\r\nx_flashbots_attestation_type: evil\r\n"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -101,6 +104,12 @@ func TestIdentityHeaders(t *testing.T) {
 			request := <-requests
 			if diff := cmp.Diff(want, identityIn(request)); diff != "" {
 				t.Errorf("the back end sees others than what is proven:\n%s\nin\n%s", diff, request)
+			}
+			if strings.Contains(request, "\r\nTrailer:") {
+				t.Errorf("the back end is told of trailers:\n%s", request)
+			}
+			if strings.Contains(request, "Upgrade") || strings.Contains(request, "h2c") {
+				t.Errorf("the back end may switch protocols:\n%s", request)
 			}
 			if !strings.Contains(request, "\r\nHost: peer.example\r\n") {
 				t.Errorf("the host is not the peer's:\n%s", request)
@@ -153,6 +162,21 @@ func TestHTTPAbsoluteForm(t *testing.T) {
 		t.Fatalf("got %v, %v", resp, err)
 	}
 	if r := <-requests; !strings.HasPrefix(r, "GET /latest HTTP/1.1\r\n") || strings.Contains(r, "10.0.0.1") {
+		t.Errorf("the back end sees %q", r)
+	}
+}
+
+// TestHTTPQuery passes a query on as it is, whatever it means to the back end.
+func TestHTTPQuery(t *testing.T) {
+	address, requests := recorder(t)
+	client := newMachine(t, "client", true)
+	p := newPair(t, map[string]forward.Service{"web": {Dial: to(address), HTTP: true}}, client, "worker", "")
+	c := p.dial(t, p.dialer, "web")
+	io.WriteString(c, "GET //a/%2fb?x=1;y=2&%zz HTTP/1.1\r\nHost: x\r\n\r\n")
+	if resp, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil || resp.StatusCode != 200 {
+		t.Fatalf("got %v, %v", resp, err)
+	}
+	if r := <-requests; !strings.HasPrefix(r, "GET //a/%2fb?x=1;y=2&%zz HTTP/1.1\r\n") {
 		t.Errorf("the back end sees %q", r)
 	}
 }

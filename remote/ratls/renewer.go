@@ -137,29 +137,32 @@ func (r *Renewer) wait(ctx context.Context, due time.Duration, ev *measure.Evide
 		if left <= 0 {
 			return
 		}
-		err := r.changed(ctx, min(left, lookEvery), ev)
-		switch {
-		case err == nil:
+		isDue, err := r.changed(ctx, min(left, lookEvery), ev)
+		if isDue {
 			return
-		case !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil:
-			r.cfg.Logger.Warn("whether RTMR3 was extended is not known", "error", err, "again_in", retry)
-			pause(ctx, min(retry, left))
-			retry = min(2*retry, lastRetry)
-		default:
-			retry = firstRetry
 		}
+		if err == nil {
+			retry = firstRetry
+			continue
+		}
+		r.cfg.Logger.Warn("whether RTMR3 was extended is not known", "error", err, "again_in", retry)
+		pause(ctx, min(retry, left))
+		retry = min(2*retry, lastRetry)
 	}
 }
 
-// changed waits for a change, at most for limit.
-func (r *Renewer) changed(ctx context.Context, limit time.Duration, ev *measure.Evidence) error {
+// changed waits for a change, at most for limit. An error comes before that.
+func (r *Renewer) changed(ctx context.Context, limit time.Duration, ev *measure.Evidence) (is bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	if ev != nil {
-		return r.cfg.Attester.Changed(ctx, ev)
+		err = r.cfg.Attester.Changed(ctx, ev)
+		if err == nil || ctx.Err() == nil {
+			return err == nil, err
+		}
 	}
 	<-ctx.Done()
-	return ctx.Err()
+	return false, nil
 }
 
 func pause(ctx context.Context, d time.Duration) {
@@ -177,6 +180,7 @@ func (r *Renewer) issue(ctx context.Context) (*measure.Evidence, error) {
 	defer r.mu.Unlock()
 	if err == nil {
 		r.current = cert
+		r.cfg.Logger.Info("new RA-TLS certificate", "until", cert.Leaf.NotAfter)
 	}
 	r.last = err
 	select {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -274,7 +275,7 @@ type unsure struct {
 
 func (u unsure) Changed(context.Context, *measure.Evidence) error {
 	*u.asked++
-	return errors.New("no agent answers")
+	return fmt.Errorf("no agent answers: %w", context.DeadlineExceeded) // not our own deadline
 }
 
 // TestChangeUnknown asks seldom enough, and renews in time all the same.

@@ -46,6 +46,7 @@ type Config struct {
 	Signer          *ecdsa.PrivateKey                         // signs the certificate in the root's place
 	Answer          func(method string, answer []byte) []byte // what is sent instead
 	Delay           func(r *http.Request)                     // before an answer
+	Key             *ecdsa.PrivateKey                         // served with, in place of the certificate's own
 	Clients         *x509.CertPool                            // who signs its clients' certificates, in place of the temporary authority
 }
 
@@ -164,6 +165,9 @@ func (s *Server) certify(ctx context.Context) error {
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer)
 	s.tls = tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+	if s.cfg.Key != nil {
+		s.tls.PrivateKey = s.cfg.Key
+	}
 	return err
 }
 
@@ -235,7 +239,7 @@ func (s *Server) dhSecret(context string) (string, error) {
 func (s *Server) guest(ctx context.Context, ev *measure.Evidence, rd measure.ReportData) (*measure.Identity, error) {
 	r, err := s.cfg.Guests.Appraise(ctx, ev, remote.Expect{ReportData: rd})
 	if err != nil {
-		return nil, fmt.Errorf("App not allowed: %w", err)
+		return nil, fmt.Errorf("app not allowed: %w", err)
 	}
 	return &r.Claims.Identity, nil
 }

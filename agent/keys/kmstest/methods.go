@@ -66,7 +66,7 @@ func (s *Server) call(r *http.Request, method string, body []byte) (any, error) 
 	case "SignCert":
 		return s.signCert(r, body)
 	}
-	return nil, fmt.Errorf("Service not found: %s", method)
+	return nil, fmt.Errorf("service not found: %s", method)
 }
 
 func (s *Server) getAppKey(r *http.Request, body []byte) (any, error) {
@@ -78,7 +78,7 @@ func (s *Server) getAppKey(r *http.Request, body []byte) (any, error) {
 		return nil, fmt.Errorf("request %s (%v)", body, err)
 	}
 	if len(r.TLS.PeerCertificates) == 0 {
-		return nil, errors.New("No attestation provided")
+		return nil, errors.New("no attestation provided")
 	}
 	cert := r.TLS.PeerCertificates[0]
 	attested, err := ratls.Parse(cert)
@@ -126,7 +126,7 @@ func (s *Server) signCert(r *http.Request, body []byte) (any, error) {
 	}
 	digest := sha256.Sum256(encoded)
 	if !ecdsa.VerifyASN1(csr.key, digest[:], signature) {
-		return nil, errors.New("Invalid signature")
+		return nil, errors.New("invalid signature")
 	}
 	chain, err := s.issue(r.Context(), csr)
 	return map[string][]string{"certificate_chain": chain}, err
@@ -210,7 +210,7 @@ type request struct {
 func parseCSR(b []byte) (*request, error) {
 	r := &scale{b: b}
 	if words := r.bytes(); string(words) != "please sign cert:" {
-		return nil, fmt.Errorf("Invalid confirm word %.40q", words)
+		return nil, fmt.Errorf("invalid confirm word %.40q", words)
 	}
 	csr := &request{spki: r.bytes(), notBefore: firstDay}
 	if r.byte() != 0 {
@@ -241,7 +241,7 @@ func parseCSR(b []byte) (*request, error) {
 	}
 	var ok bool
 	if csr.key, ok = public.(*ecdsa.PublicKey); !ok {
-		return nil, errors.New("Unsupported algorithm")
+		return nil, errors.New("unsupported algorithm")
 	}
 	return csr, nil
 }

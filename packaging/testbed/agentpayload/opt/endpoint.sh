@@ -27,6 +27,7 @@ as tdx-agent-endpoint /opt/simhost ask /run/tdx-agent/egress.sock "$(printf 'CON
 check "egress refuses what is not listed" has "403 Forbidden" /tmp/refused
 kill -9 "$(prop $E MainPID)" "$(prop $G MainPID)"
 check "both killed, a client does not notice" says again dial again /etc/tdx-agent/policy.toml
+check "what it accepted is shown" says '"accepted": *[1-9]' tdx-agent peers --json
 check "reload" systemctl reload $E
 check "after a reload" says reloaded dial reloaded /etc/tdx-agent/policy.toml
 echo nonsense >> /etc/tdx-agent/policy.toml

@@ -35,6 +35,8 @@ check "each attests the other, and bytes come back" through "hello from $id"
 meet through
 check "endpoint and egress" systemctl is-active $E $G
 journalctl -q -u $E -u $C -o cat --no-pager | grep 'msg=channel' | tail -2
+check "peers" tdx-agent peers
+cat $out
 check "the other was accepted by its entry, for its service" sh -c "journalctl -q -u $E -o cat --no-pager | grep 'msg=channel .*service=echo .*entry=other'"
 
 echo "== a policy with another MRTD"
