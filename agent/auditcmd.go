@@ -164,7 +164,7 @@ func writeAuditLine(out io.Writer, e *audit.Entry) {
 			fmt.Fprintf(out, "; %d bytes of a line that broke off were removed", e.Torn)
 		}
 	} else {
-		fmt.Fprintf(out, "%6d  %-20s %-10s %-9s %-14s %-22s %s", e.Seq, at, quoted(e.Socket), quoted(e.Result), quoted(e.Method), quoted(e.Name), auditCaller(e.Caller))
+		fmt.Fprintf(out, "%6d  %-20s %-10s %-9s %-14s %-22s %s", e.Seq, at, cell(e.Socket), cell(e.Result), cell(e.Method), cell(e.Name), auditCaller(e.Caller))
 	}
 	if e.Missed > 0 {
 		fmt.Fprintf(out, "; %d calls before it have no line", e.Missed)
@@ -182,9 +182,9 @@ func auditCaller(c *audit.Caller) string {
 	text := fmt.Sprintf("uid %d gid %d pid %d", c.UID, c.GID, c.PID)
 	switch {
 	case c.Container != "":
-		text += " container " + quoted(c.Container)
+		text += " container " + cell(c.Container)
 	case c.Cgroup != "":
-		text += " cgroup " + quoted(c.Cgroup)
+		text += " cgroup " + cell(c.Cgroup)
 	}
 	return text
 }

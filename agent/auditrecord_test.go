@@ -1,6 +1,7 @@
 package main
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -56,5 +57,16 @@ func TestFloodOfQuotes(t *testing.T) {
 	}
 	if lines < 200 || lines > most || !first {
 		t.Errorf("%d lines of the flood, want 200 to %d; the line of the key is there: %t", lines, most, first)
+	}
+}
+
+// TestNamesStayInTheirColumn: the path of a key is the caller's, and must not look like who
+// called.
+func TestNamesStayInTheirColumn(t *testing.T) {
+	var out strings.Builder
+	writeAuditLine(&out, &audit.Entry{Kind: audit.KindCall, Socket: "app-web", Result: audit.OK, Method: "GetKey", Name: "web/a   uid 0 gid 0 pid 1 cgroup /init",
+		Caller: &audit.Caller{UID: 1000, GID: 1000, PID: 7, Cgroup: "/a; 9 lines"}})
+	if got := strings.TrimSpace(out.String()); !strings.HasSuffix(got, `GetKey         "web/a   uid 0 gid 0 pid 1 cgroup /init" uid 1000 gid 1000 pid 7 cgroup "/a; 9 lines"`) {
+		t.Error(got)
 	}
 }

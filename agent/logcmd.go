@@ -91,7 +91,7 @@ func showLog(out io.Writer, doc *logDocument) error {
 	}
 	fmt.Fprintf(out, "%4s  %-20s %-16s  %-8s -> %-8s  %-20s %s\n", "NR", "TIME", "DIGEST", "PREV", "NEXT", "NAME", "SOURCE")
 	for _, r := range doc.Records {
-		fmt.Fprintf(out, "%4d  %-20s %.16s  %.8s -> %.8s  %-20s %s\n", r.Seq, r.Time.Format(time.RFC3339), r.Digest, r.Prev, r.Next, quoted(r.Name), quoted(r.Caller))
+		fmt.Fprintf(out, "%4d  %-20s %.16s  %.8s -> %.8s  %-20s %s\n", r.Seq, r.Time.Format(time.RFC3339), r.Digest, r.Prev, r.Next, cell(r.Name), quoted(r.Caller))
 	}
 	return verdictLine(out, doc)
 }
@@ -100,6 +100,15 @@ func showLog(out io.Writer, doc *logDocument) error {
 func quoted(s string) string {
 	q := fmt.Sprintf("%q", s)
 	return q[1 : len(q)-1]
+}
+
+// cell is quoted for a table: a name with spaces keeps its quotes, so that what it says
+// cannot look like the next columns.
+func cell(s string) string {
+	if strings.Contains(s, " ") {
+		return `"` + quoted(s) + `"`
+	}
+	return quoted(s)
 }
 
 // problem is the divergence that the agent has found, or nil.
