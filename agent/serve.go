@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -26,8 +28,12 @@ type serveOptions struct {
 	reboot     bool
 }
 
-// serve runs the agent until ctx ends.
+// serve runs the agent until ctx ends, or SIGHUP comes. Other commands reload their policy
+// then; what serve is configured by has been measured, and whoever asks for other settings
+// gets an end in order and not a kill.
 func serve(ctx context.Context, o serveOptions, stderr io.Writer) error {
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGHUP)
+	defer stop()
 	cfg, err := loadConfig(o.config)
 	if err != nil {
 		return err
