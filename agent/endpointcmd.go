@@ -74,12 +74,13 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 			return cfg, nil, err
 		}
 	}
+	f.report = newPeerReport()
 	if isAttested && !f.ratls {
 		attester, err := f.attester(ctx, g)
 		if err != nil {
 			return cfg, nil, err
 		}
-		cfg.Attester, f.isReal = attester, attester.isReal
+		cfg.Attester, f.isReal, f.report.attester = attester, attester.isReal, attester
 	}
 	var certificates *certificateAttester
 	if isAttested && f.ratls {
@@ -91,7 +92,6 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 	if err != nil {
 		return cfg, nil, err
 	}
-	f.report = newPeerReport()
 	cfg.Verifier, cfg.KeyTTL, cfg.Observe = v, f.keyTTL, func(h atls.Handshake) {
 		logHandshake(log, h)
 		f.report.observe(h)

@@ -37,6 +37,7 @@ type peerReport struct {
 	started  time.Time
 	verifier *remote.Verifier
 	channels func() []*atls.Conn
+	attester *channelAttester // nil: we prove nothing ourselves
 
 	failures atls.Failures
 	metrics  *channelMetrics
@@ -134,7 +135,29 @@ func (r *peerReport) handler() http.Handler {
 	})
 	mux.Handle("GET /metrics", r.metrics.handler())
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, req *http.Request) {
+		if err := r.ready(req.Context()); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
 	return mux
+}
+
+// ready says why no peer could be accepted, or accept us. It costs no quote; whether
+// those work, the agent's own readiness says.
+func (r *peerReport) ready(ctx context.Context) error {
+	if h := r.verifier.Collateral().Health(); h.Platforms > 0 && time.Now().After(h.Until) {
+		return fmt.Errorf("collateral has ended at %s and was not renewed", h.Until.UTC().Format(time.RFC3339))
+	}
+	if r.attester == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	_, err := callWith(ctx, r.attester.client, r.attester.socket, http.MethodGet, "/v1/key", nil)
+	return err
 }
 
 // document is the whole report.
