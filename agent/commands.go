@@ -289,19 +289,23 @@ func newWait(g *globals) *cobra.Command {
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:     "wait",
-		Short:   "Wait until the agent is ready",
-		Example: "  tdx-agent wait --for=ready --timeout 1m",
+		Short:   "Wait until the agent is ready, or a peer has an open channel",
+		Example: "  tdx-agent wait --for=ready --timeout 1m\n  tdx-agent wait --for=peer=worker",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if what != "ready" {
-				return exitf(exitUsage, "--for is %q, want ready", what)
+			peer, isPeer := strings.CutPrefix(what, "peer=")
+			if what != "ready" && peer == "" {
+				return exitf(exitUsage, "--for is %q, want ready or peer=ID", what)
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()
+			if isPeer {
+				return waitPeer(ctx, g, peer)
+			}
 			return waitReady(ctx, g)
 		},
 	}
-	cmd.Flags().StringVar(&what, "for", "ready", "what to wait for: ready (log consistent, one quote made)")
+	cmd.Flags().StringVar(&what, "for", "ready", "what to wait for: ready (log consistent, one quote made), or peer=ID (an attested channel with that policy entry, app-id or instance-id)")
 	cmd.Flags().DurationVar(&timeout, "timeout", 90*time.Second, "how long to wait")
 	return cmd
 }
