@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"tdx-agent/measure"
 	"tdx-agent/remote/tomlfile"
@@ -216,7 +217,7 @@ func (c *Config) agentConfig() []byte {
 
 // readCapped reads a regular file of at most limit bytes.
 func readCapped(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a FIFO would wait for its writer
 	if err != nil {
 		return nil, err
 	}

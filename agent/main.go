@@ -11,8 +11,10 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"syscall"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 )
@@ -37,8 +39,25 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintf(stderr, "tdx-agent: %s\n", strings.TrimSpace(err.Error()))
+	fmt.Fprintf(stderr, "tdx-agent: %s\n", visible(strings.TrimSpace(err.Error())))
 	return exitCode(err)
+}
+
+// visible writes what is not printable as Go does in strings, but for what parts lines:
+// errors have words of others in them, which must not steer a terminal.
+func visible(text string) string {
+	var b strings.Builder
+	for len(text) > 0 {
+		r, n := utf8.DecodeRuneInString(text)
+		if part := text[:n]; r == '\n' || r == '\t' || strconv.IsPrint(r) && (r != utf8.RuneError || n > 1) {
+			b.WriteString(part)
+		} else {
+			quoted := strconv.Quote(part)
+			b.WriteString(quoted[1 : len(quoted)-1])
+		}
+		text = text[n:]
+	}
+	return b.String()
 }
 
 // globals are the flags of every command.

@@ -175,6 +175,9 @@ func (d *daemon) collect(w *snapshotWriter) {
 	w.flag("quote_inflight", "Whether the host works on a quote.", d.attester.Running() > 0)
 	w.moment("last_quote_success_timestamp_seconds", "When the last quote was made; 0 before the first.", q.LastSuccess)
 	w.moment("last_quote_failure_timestamp_seconds", "When a quote failed last; 0 if none has.", q.LastFailure)
+	w.flag("audit_writable", "Whether the audit record can be written; only then are keys given.", s.Audit.Problem == "")
+	w.flag("audit_untouched", "Whether nobody else was found to have changed the audit record since the agent started.", s.Audit.Damage == "")
+	w.add(prometheus.CounterValue, "audit_lines_total", "Lines in the chain of the audit record.", float64(s.Audit.Seq))
 }
 
 // channelMetrics are those of a process with channels.

@@ -83,7 +83,7 @@ func (e *Egress) Counts() (open, relayed, refused int64) {
 
 // Serve answers on l until ctx ends, and closes it.
 func (e *Egress) Serve(ctx context.Context, l net.Listener) error {
-	return each(ctx, l, e.cfg.MaxConnections+maxRefusals, func(c net.Conn) { e.serve(ctx, c) })
+	return each(ctx, l, e.cfg.MaxConnections+maxRefusals, e.cfg.Logger, func(c net.Conn) { e.serve(ctx, c) })
 }
 
 func (e *Egress) serve(ctx context.Context, c net.Conn) {

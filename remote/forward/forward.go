@@ -57,7 +57,7 @@ func Inbound(ctx context.Context, l *atls.Listener, log *slog.Logger, services m
 			defer servers[name].close()
 		}
 	}
-	return each(ctx, l, maxInbound, func(accepted net.Conn) {
+	return each(ctx, l, maxInbound, log, func(accepted net.Conn) {
 		c := accepted.(*atls.Conn)
 		name := c.Peer().Service
 		if h := servers[name]; h != nil {
@@ -100,7 +100,7 @@ func (s *Service) connect(ctx context.Context, c *atls.Conn) (net.Conn, error) {
 // Outbound accepts local connections until ctx ends, and connects each with a channel
 // of its own that dial opens. It closes l.
 func Outbound(ctx context.Context, l net.Listener, log *slog.Logger, dial func(context.Context) (net.Conn, error)) error {
-	return each(ctx, l, maxConnections, func(local net.Conn) {
+	return each(ctx, l, maxConnections, log, func(local net.Conn) {
 		c, err := dial(ctx)
 		if err != nil {
 			log.Warn("no channel", "error", err)
@@ -118,7 +118,7 @@ const (
 )
 
 // each runs serve for each connection, of most at once, and closes it after that.
-func each(ctx context.Context, l net.Listener, most int, serve func(net.Conn)) error {
+func each(ctx context.Context, l net.Listener, most int, log *slog.Logger, serve func(net.Conn)) error {
 	var group sync.WaitGroup
 	defer group.Wait()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
@@ -129,7 +129,7 @@ func each(ctx context.Context, l net.Listener, most int, serve func(net.Conn)) e
 		case <-ctx.Done():
 			return nil
 		}
-		c, err := l.Accept()
+		c, err := accept(ctx, l, log)
 		if err != nil {
 			l.Close()
 			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
@@ -142,6 +142,32 @@ func each(ctx context.Context, l net.Listener, most int, serve func(net.Conn)) e
 			defer c.Close()
 			serve(c)
 		})
+	}
+}
+
+// Pauses of accept. What is short of descriptors has others to wait for.
+const (
+	firstPause = 5 * time.Millisecond
+	lastPause  = time.Second
+)
+
+// accept waits out what ends by itself, as net/http does: too many open files must not
+// end what is carried already.
+func accept(ctx context.Context, l net.Listener, log *slog.Logger) (net.Conn, error) {
+	for pause := firstPause; ; pause = min(2*pause, lastPause) {
+		c, err := l.Accept()
+		if temporary, ok := errors.AsType[interface {
+			error
+			Temporary() bool
+		}](err); !ok || !temporary.Temporary() {
+			return c, err
+		}
+		log.Warn("no connection can be accepted", "error", err, "again_in", pause)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, err
+		}
 	}
 }
 

@@ -6,6 +6,9 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -116,5 +119,46 @@ func TestPauses(t *testing.T) {
 			t.Fatalf("%d bytes came back as others: %v", size, err)
 		}
 		time.Sleep(60 * time.Millisecond) // longer than a large buffer waits
+	}
+}
+
+// short is a listener that lacks descriptors at first.
+type short struct {
+	net.Listener
+	failures int
+}
+
+func (l *short) Accept() (net.Conn, error) {
+	if l.failures > 0 {
+		l.failures--
+		return nil, &net.OpError{Op: "accept", Net: "tcp", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+	}
+	return l.Listener.Accept()
+}
+
+// TestTooManyOpenFiles waits until there are descriptors again: whoever opens many
+// connections must not end the process, and with it everybody's.
+func TestTooManyOpenFiles(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- forward.NewEgress(forward.EgressConfig{}).Serve(ctx, &short{l, 3}) }()
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	io.WriteString(c, "CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\n\r\n")
+	if b, err := io.ReadAll(c); err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 403 ") {
+		t.Errorf("got %q, %v", b, err)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }

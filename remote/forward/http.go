@@ -45,6 +45,7 @@ func newHTTPServer(ctx context.Context, s *Service, log *slog.Logger) *httpServe
 		// ours with them.
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", "backend" // one pool; Host stays the peer's
+			r.Out.URL.RawQuery = r.In.URL.RawQuery               // also what net/url cannot read: nothing here goes by it
 			r.Out.Trailer = nil                                  // could repeat a header after its check
 			id := IdentityOf(mustPeer(r.In))
 			setIdentity(r.Out.Header, &id, s.FlashbotsHeaders)

@@ -166,6 +166,21 @@ func TestHTTPAbsoluteForm(t *testing.T) {
 	}
 }
 
+// TestHTTPQuery passes a query on as it is, whatever it means to the back end.
+func TestHTTPQuery(t *testing.T) {
+	address, requests := recorder(t)
+	client := newMachine(t, "client", true)
+	p := newPair(t, map[string]forward.Service{"web": {Dial: to(address), HTTP: true}}, client, "worker", "")
+	c := p.dial(t, p.dialer, "web")
+	io.WriteString(c, "GET //a/%2fb?x=1;y=2&%zz HTTP/1.1\r\nHost: x\r\n\r\n")
+	if resp, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil || resp.StatusCode != 200 {
+		t.Fatalf("got %v, %v", resp, err)
+	}
+	if r := <-requests; !strings.HasPrefix(r, "GET //a/%2fb?x=1;y=2&%zz HTTP/1.1\r\n") {
+		t.Errorf("the back end sees %q", r)
+	}
+}
+
 // TestHTTPUpgrade passes a protocol switch on, with who the peer is.
 func TestHTTPUpgrade(t *testing.T) {
 	address, requests := recorder(t)
