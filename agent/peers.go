@@ -10,9 +10,11 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 
 	"tdx-agent/agent/status"
 	"tdx-agent/measure"
@@ -41,12 +43,32 @@ type peerReport struct {
 
 	failures atls.Failures
 	metrics  *channelMetrics
+	lines    *rate.Limiter // of the log, for handshakes that failed
+	unlogged atomic.Int64
 }
 
 func newPeerReport() *peerReport {
-	r := &peerReport{started: time.Now().UTC()}
+	r := &peerReport{started: time.Now().UTC(), lines: rate.NewLimiter(10, 100)}
 	r.metrics = newChannelMetrics(r)
 	return r
+}
+
+// log writes a line about a handshake. Strangers can have as many fail as they like, so
+// that there is a bound on these; metrics count all of them.
+func (r *peerReport) log(log *slog.Logger, h *atls.Handshake) {
+	args := []any{"remote", h.Remote, "service", h.Service, "ref", h.Ref, "entry", h.Entry, "assurance", h.Assurance, "took", h.Duration.Round(time.Microsecond)}
+	if h.Code == atls.CodeOK {
+		log.Info("channel", args...)
+		return
+	}
+	if !r.lines.Allow() {
+		r.unlogged.Add(1)
+		return
+	}
+	if n := r.unlogged.Swap(0); n > 0 {
+		log.Warn("more handshakes have failed than are logged", "unlogged", n)
+	}
+	log.Warn("no channel", append(args, "step", string(h.Step), "code", string(h.Code), "error", h.Err)...)
 }
 
 // observe counts a handshake and keeps it if it failed.
