@@ -13,13 +13,17 @@ import (
 	"tdx-agent/remote"
 )
 
+// AttestTimeout is how long a handshake waits for a statement of its own TD. A quote
+// that comes later is of no use.
+const AttestTimeout = 10 * time.Second
+
 // Deadlines of the states of a handshake, and of all of it.
 const (
 	limitTLS          = 10 * time.Second
 	limitHello        = 5 * time.Second
 	limitWaitEvidence = 20 * time.Second // the peer makes its quote
 	limitVerify       = 10 * time.Second // with collateral to fetch
-	limitAttest       = 10 * time.Second // our quote
+	limitAttest       = AttestTimeout
 	limitWaitResult   = 10 * time.Second
 	limitTotal        = 45 * time.Second
 )
