@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -44,29 +43,6 @@ runtime directory.`,
 	}
 	jsonFlag(cmd)
 	return cmd
-}
-
-// waitPeer asks until an attested peer of this policy entry, app-id or instance-id has
-// an open channel.
-func waitPeer(ctx context.Context, g *globals, id string) error {
-	for {
-		dir, err := clientRuntimeDir(g.runtimeDir)
-		if err != nil {
-			return err
-		}
-		for _, of := range readPeers(ctx, dir, io.Discard).Processes {
-			for _, p := range of.Peers {
-				if p.Assurance != "none" && !p.Draining && slices.Contains([]string{p.Entry, p.AppID, p.InstanceID}, id) {
-					return nil
-				}
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return exitf(exitTimeout, "no peer %q has an open channel; tdx-agent peers shows those that have, and what was refused", id)
-		case <-time.After(100 * time.Millisecond):
-		}
-	}
 }
 
 // readPeers asks every process that answers in the folder. What goes wrong with one is
