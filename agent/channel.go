@@ -113,7 +113,9 @@ func (d *daemon) attestChannel(r *http.Request) (*channelReply, error) {
 	if err != nil {
 		return nil, withExit(exitUsage, err)
 	}
-	st, err := d.channel.Attest(r.Context(), session, req.Mode == "key")
+	ctx, cancel := context.WithTimeout(r.Context(), atls.AttestTimeout)
+	defer cancel()
+	st, err := d.channel.Attest(ctx, session, req.Mode == "key")
 	if err != nil {
 		return nil, err
 	}

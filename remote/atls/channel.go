@@ -206,7 +206,7 @@ type Peer struct {
 	// Certificate says that the evidence was in the peer's certificate, see [RATLS].
 	Certificate bool
 	AgentKey    [32]byte  // SHA-256 of the SubjectPublicKeyInfo
-	VerifiedAt  time.Time // when its quote was made for us and accepted; zero: never
+	VerifiedAt  time.Time // when its quote was accepted; zero: never
 	Opened      time.Time // when the handshake ended
 	Expires     time.Time
 
