@@ -110,6 +110,11 @@ func (a *ApplicationConfig) check() error {
 	if err := checkPrefixes("events", a.Events, a.has("measure"), "measure"); err != nil {
 		return err
 	}
+	for _, p := range a.Events {
+		if strings.Contains(p, ":") {
+			return fmt.Errorf(`events: %q has a colon, which RTMR3 does not tell from the one between name and payload: events of other names could be made of these`, p)
+		}
+	}
 	return checkNamedLimits(a.Limits)
 }
 

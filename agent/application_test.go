@@ -82,6 +82,7 @@ func TestBadApplications(t *testing.T) {
 		{"prefix that opens others", "[[application]]\nname = \"a\"\nkey_paths = [\"a\"]\n" + good, `would open "a2/x" too`},
 		{"key_paths without key", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nkey_paths = [\"a/\"]\n", `without the grant "key"`},
 		{"events without measure", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nevents = [\"a/\"]\n", `without the grant "measure"`},
+		{"events with a colon", "[[application]]\nname = \"a\"\nevents = [\"a:\"]\n" + good, "has a colon"},
 		{"declared twice", "[[application]]\nname = \"a\"\n" + good + "[[application]]\nname = \"a\"\n" + good, "declared twice"},
 		{"unknown key", "[[application]]\nname = \"a\"\nuid = 1\n" + good, `unknown key "application.uid"`},
 		{"limit that lets nothing through", "[limits]\nkey = {per_second = 0.0, burst = 1}\n", "limits.key: per_second is 0"},

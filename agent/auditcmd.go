@@ -38,9 +38,9 @@ func newAudit(g *globals) *cobra.Command {
 		Use:   "audit [DIR]",
 		Short: "Verify the audit record and show it",
 		Long: `Verify that the lines of the audit record follow one another, that the running agent
-knows the last of them, and show them. There is a line for every call that takes a key,
-a quote or an event; of those that fail every caller has 200 at once and 10 a second, so
-that a flood does not push out what others did. What is older than about 8 MB is dropped.
+knows the last of them, and show them. There is a line for every call that takes a key or
+an event; of those that fail, and of quotes, every caller has 200 at once and 10 a second,
+so that a flood does not push out what others did. What is older than about 8 MB is dropped.
 
 The files are in log/ of the runtime directory and belong to the agent's user. With DIR
 they are a copy, and no agent is asked. The chain shows every change but one: that it was
@@ -110,6 +110,9 @@ func verifyAudit(cmd *cobra.Command, dir string, ask func() (status.Audit, error
 	var before, after status.Audit
 	if ask != nil {
 		before, err = ask()
+		if err == nil && before.Head == "" {
+			err = errors.New(before.Problem) // it has no record, and does not write this one
+		}
 		if asked = err == nil; !asked {
 			fmt.Fprintf(cmd.ErrOrStderr(), "the head was compared with nothing: %v\n", err)
 		}
@@ -164,7 +167,7 @@ func writeAuditLine(out io.Writer, e *audit.Entry) {
 		fmt.Fprintf(out, "%6d  %-20s %-10s %-9s %-14s %-22s %s", e.Seq, at, quoted(e.Socket), quoted(e.Result), quoted(e.Method), quoted(e.Name), auditCaller(e.Caller))
 	}
 	if e.Missed > 0 {
-		fmt.Fprintf(out, "; %d calls that failed before it have no line", e.Missed)
+		fmt.Fprintf(out, "; %d calls before it have no line", e.Missed)
 	}
 	if e.Lost > 0 {
 		fmt.Fprintf(out, "; %d lines before it could not be written", e.Lost)

@@ -9,9 +9,13 @@ import (
 	"tdx-agent/agent/status"
 )
 
-// refusalLines are how many lines a caller has, in each class, for calls that fail. Such
-// calls cost him nothing, and the record keeps a limited number of lines.
-var refusalLines = guestapi.Rate{PerSecond: 10, Burst: 200}
+// cheapLines are how many lines a caller has, in each class, for calls that cost him
+// next to nothing: those that fail, and quotes, one of which may answer many. The record
+// keeps a limited number of lines, and those of keys and events are not to be pushed out.
+var cheapLines = guestapi.Rate{PerSecond: 10, Burst: 200}
+
+// isCheap tells whether a call is one that cheapLines is about.
+func isCheap(r *guestapi.Record) bool { return r.Exit != 0 || r.Class == guestapi.ClassQuote }
 
 var errNoAudit = errors.New("the audit record could not be opened when the agent started; its log says why")
 
@@ -26,9 +30,9 @@ func (d *daemon) openAudit() {
 	d.audit = l
 	var rates guestapi.Rates
 	for class := range rates {
-		rates[class] = refusalLines
+		rates[class] = cheapLines
 	}
-	d.refusals = guestapi.NewLimiter(rates)
+	d.cheap = guestapi.NewLimiter(rates)
 	h := l.Head()
 	d.log.Info("audit record", "line", h.Seq, "head", h.Hash)
 	d.reportAudit(h)
@@ -50,9 +54,9 @@ func (d *daemon) record(socket string, r guestapi.Record) error {
 		return errNoAudit
 	}
 	missed := 0
-	if r.Exit != 0 {
+	if isCheap(&r) {
 		var err error
-		if missed, err = d.refusals.Take(r.Caller, r.Class); err != nil {
+		if missed, err = d.cheap.Take(r.Caller, r.Class); err != nil {
 			return nil // the next line says that it was there
 		}
 	}

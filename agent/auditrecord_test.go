@@ -34,3 +34,27 @@ func TestFloodOfRefusals(t *testing.T) {
 		t.Errorf("%d lines of the flood, want 200 to %d; lines of others: %q", lines, most, names)
 	}
 }
+
+// TestFloodOfQuotes: whoever may have quotes must not push out the lines of keys.
+func TestFloodOfQuotes(t *testing.T) {
+	d := benchDaemon(t)
+	flooder := guestapi.Caller{UID: 1, Known: true, CgroupID: 1}
+	check(t, d.record("app-web", guestapi.Record{Method: "GetKey", Class: guestapi.ClassKey, Name: "first", Caller: guestapi.Caller{UID: 1, Known: true, CgroupID: 2}}))
+	start := time.Now()
+	for range 50_000 {
+		check(t, d.record("dstack", guestapi.Record{Method: "GetQuote", Class: guestapi.ClassQuote, Caller: flooder}))
+	}
+	most := 200 + 10*int(time.Since(start).Seconds()+1)
+	chain, err := audit.Verify(d.dir.log())
+	check(t, err)
+	lines, first := 0, false
+	for _, e := range chain.Entries {
+		if e.Method == "GetQuote" && e.Caller != nil && e.Caller.UID == 1 {
+			lines++
+		}
+		first = first || e.Name == "first"
+	}
+	if lines < 200 || lines > most || !first {
+		t.Errorf("%d lines of the flood, want 200 to %d; the line of the key is there: %t", lines, most, first)
+	}
+}

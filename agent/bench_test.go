@@ -43,6 +43,7 @@ func benchDaemon(b testing.TB) *daemon {
 	check(b, err)
 	listeners, err := listenAll(cfg, dir, true)
 	check(b, err)
+	d.openAudit()
 	done := make(chan error, 1)
 	go func() { done <- d.run(ctx, listeners, io.Discard) }()
 	b.Cleanup(func() {

@@ -36,7 +36,7 @@ type daemon struct {
 	files    *measure.GuestFiles // nil: no application files
 	keys     *appKeys
 	audit    *audit.Log        // nil: it is not or could not be opened
-	refusals *guestapi.Limiter // of lines in it
+	cheap    *guestapi.Limiter // of lines in it
 	access   []status.Access
 	cloud    [2]string // DMI vendor and product
 	channel  *atls.Key // nil: this boot has no agent key

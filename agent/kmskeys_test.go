@@ -171,6 +171,7 @@ func newKMSSession(t *testing.T) *kmsSession {
 	go func() {
 		done <- forward.NewEgress(forward.EgressConfig{Allow: []forward.Destination{destination}, Logger: slog.New(slog.DiscardHandler)}).Serve(ctx, out)
 	}()
+	s.d.openAudit()
 	go func() { done <- s.d.run(ctx, listeners, io.Discard) }()
 	t.Cleanup(func() {
 		cancel()

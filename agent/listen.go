@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -62,7 +63,29 @@ func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener
 	default:
 		paths[socketWorker] = cfg.Worker.Listen
 	}
+	if err := checkSocketPaths(paths); err != nil {
+		return nil, withExit(exitConfig, err)
+	}
 	return bindListeners(paths, socketModes(cfg))
+}
+
+// maxSocketPath is what the kernel takes: sun_path of unix(7), less a zero at its end.
+const maxSocketPath = 107
+
+// checkSocketPaths finds what the kernel would refuse in fewer words.
+func checkSocketPaths(paths map[string]string) error {
+	at := map[string]string{}
+	for _, name := range slices.Sorted(maps.Keys(paths)) {
+		path := filepath.Clean(paths[name])
+		if len(path) > maxSocketPath {
+			return fmt.Errorf("socket %s: the path %s has %d bytes, and the kernel takes at most %d; choose a shorter one", name, path, len(path), maxSocketPath)
+		}
+		if other, taken := at[path]; taken {
+			return fmt.Errorf("sockets %s and %s have the same path %s", other, name, path)
+		}
+		at[path] = name
+	}
+	return nil
 }
 
 func bindListeners(paths map[string]string, modes map[string]fs.FileMode) (map[string]net.Listener, error) {

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"tdx-agent/agent/guestapi"
 	"tdx-agent/measure"
 )
@@ -32,12 +34,14 @@ func (c *WorkerConfig) check() error {
 func (d *daemon) workerServer() *guestapi.Server {
 	return guestapi.NewServer(guestapi.Config{Surface: guestapi.Worker, Grants: guestapi.Grants{Read: true, Quote: true}, Guest: &workerGuest{daemon: d}, Keys: d.appKeys,
 		PublicTCBInfo: d.files != nil && d.files.Compose.PublicTCBInfo, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait, MaxConns: 64,
+		Pace:    rate.NewLimiter(workerPace, workerPace),
 		Observe: func(method string, status int) { d.metrics.called(guestapi.Worker.String(), method, status) }})
 }
 
 // The bounds of what strangers may cost.
 const (
-	maxWorkerEvidence = 2 // one for each algorithm of the application's signing key
+	maxWorkerEvidence = 2   // one for each algorithm of the application's signing key
+	workerPace        = 200 // calls a second, and at once after a quiet second
 	workerRetry       = 30 * time.Second
 )
 

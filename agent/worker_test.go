@@ -96,6 +96,31 @@ func TestStrangersWaitTogether(t *testing.T) {
 	}
 }
 
+// TestStrangersArePaced asks for more than there is at once: a flood waits for its turn,
+// and leaves the processors to this TD.
+func TestStrangersArePaced(t *testing.T) {
+	d := benchDaemon(t)
+	path := filepath.Join(t.TempDir(), "worker.sock")
+	l, err := net.Listen("unix", path)
+	check(t, err)
+	s := d.workerServer()
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	client := keptClient(path)
+	start := time.Now()
+	for range workerPace + workerPace/4 {
+		r, err := client.Get("http://localhost/prpc/Nothing")
+		check(t, err)
+		r.Body.Close()
+	}
+	if took := time.Since(start); took < 200*time.Millisecond {
+		t.Errorf("%d calls took %v, want a quarter of a second", workerPace+workerPace/4, took)
+	}
+	client.CloseIdleConnections()
+	check(t, s.Shutdown(t.Context()))
+	check(t, <-done)
+}
+
 func TestWorkerListen(t *testing.T) {
 	for listen, ok := range map[string]bool{"": true, "inherited": true, "/run/w.sock": true, "w.sock": false, "0.0.0.0:8090": false, "systemd": false} {
 		path := filepath.Join(t.TempDir(), "agent.toml")

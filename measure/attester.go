@@ -37,8 +37,8 @@ type Attester struct {
 // QuoteStats counts what the Attester has done.
 type QuoteStats struct {
 	OK          int       `json:"ok"`
-	Failed      int       `json:"failed"`
-	Busy        int       `json:"busy"` // refused, because too many waited
+	Failed      int       `json:"failed"` // but for those whose caller has left
+	Busy        int       `json:"busy"`   // refused, because too many waited
 	LastSuccess time.Time `json:"last_success,omitzero"`
 	LastFailure time.Time `json:"last_failure,omitzero"`
 	LastError   string    `json:"last_error,omitempty"` // of the last failure, until a quote works
@@ -99,6 +99,9 @@ func (a *Attester) counted(ctx context.Context, rd ReportData, l *line, caller s
 	if errors.As(err, new(*BusyError)) {
 		a.stats.Busy++
 		return nil, err
+	}
+	if errors.Is(err, context.Canceled) && errors.Is(ctx.Err(), context.Canceled) {
+		return nil, err // the caller has left, and says nothing about the host
 	}
 	if err != nil {
 		a.stats.Failed++

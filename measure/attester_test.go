@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"tdx-agent/measure"
 	"tdx-agent/measure/tdxsim"
@@ -281,14 +282,24 @@ func TestAbandonedRequestLeavesTheQueue(t *testing.T) {
 	if err := <-gone; !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want canceled", err)
 	}
-	if n := g.Stats().Queued; n != 0 {
-		t.Errorf("%d requests are queued, want none", n)
+	if s := g.Stats(); s.Queued != 0 || s.Failed != 0 || s.LastError != "" {
+		t.Errorf("%d requests are queued and %d have failed (%q), want none: the host has done nothing wrong", s.Queued, s.Failed, s.LastError)
 	}
 	close(release)
 	<-done
 	if n := g.asked.Load(); n != 1 {
 		t.Errorf("the host made %d quotes, want 1", n)
 	}
+
+	// Whoever has waited as long as he could is another matter.
+	release = make(chan struct{})
+	g.hold(release)
+	late, stop := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer stop()
+	if _, err := g.Evidence(late, measure.ReportData{3}, "c"); !errors.Is(err, context.DeadlineExceeded) || g.Stats().Failed != 1 {
+		t.Errorf("got %v, and %d have failed, want 1", err, g.Stats().Failed)
+	}
+	close(release)
 }
 
 // TestBadQuotesAreRefused lets the host answer what no caller may see.

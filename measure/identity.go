@@ -44,6 +44,14 @@ func ReservedEvent(name string) bool {
 	return false
 }
 
+// PassesForReserved reports whether an event of this name can be passed off as a reserved
+// one: "app-id:x" with the payload "y" has the version 1 digest of "app-id" with the payload
+// "x:y", and RTMR3 tells no verifier which of them was recorded.
+func PassesForReserved(name string) bool {
+	before, _, isJoined := strings.Cut(name, ":")
+	return isJoined && ReservedEvent(before)
+}
+
 // OnceOnly reports whether a boot has at most one event of this name: every
 // reserved one but init-script-hash, of which there are up to 5.
 func OnceOnly(name string) bool { return ReservedEvent(name) && name != EventInitScriptHash }
@@ -308,10 +316,7 @@ func IdentityOf(events []Event) (Identity, error) {
 
 // hidesReserved reports whether e's digest is also that of a reserved event: version 1
 // joins name and payload by a colon, and does not say at which.
-func hidesReserved(e *Event) bool {
-	name, _, isJoined := strings.Cut(e.Name, ":")
-	return isJoined && e.Version != EventV2 && ReservedEvent(name)
-}
+func hidesReserved(e *Event) bool { return e.Version != EventV2 && PassesForReserved(e.Name) }
 
 // take stores the payload of one identity event if it is well formed.
 func (id *Identity) take(e *Event) error {

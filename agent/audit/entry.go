@@ -43,8 +43,8 @@ type Entry struct {
 	Result  string `json:"result,omitempty"`
 	Exit    int    `json:"exit,omitempty"`    // the program's exit status for the result
 	Micros  int64  `json:"took_us,omitempty"` // until there was an answer
-	// Missed is how many calls of the class by the caller have failed before and have no
-	// line of their own, since there were too many.
+	// Missed is how many calls of the class by the caller before this one have no line of
+	// their own, since there were too many: calls that failed, and quotes.
 	Missed int `json:"missed,omitempty"`
 
 	// Of a start: the agent's version, and how many bytes of a line that broke off were

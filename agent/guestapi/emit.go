@@ -16,7 +16,8 @@ const (
 
 // CheckEvent reports whether an application may record such an event, whoever asks:
 // the name is 1 to 64 bytes of printable UTF-8 and not one that verifiers take
-// identity from ([measure.ReservedEvent]), the payload at most 4 KiB. The error has
+// identity from ([measure.ReservedEvent]), nor one that can be made such a one
+// ([measure.PassesForReserved]); the payload has at most 4 KiB. The error has
 // a method ExitCode() int.
 func CheckEvent(name string, payload []byte) error {
 	switch {
@@ -28,6 +29,8 @@ func CheckEvent(name string, payload []byte) error {
 		return badRequest("event name %q: want printable UTF-8", name)
 	case measure.ReservedEvent(name):
 		return denied("event name %q is reserved: verifiers read the identity of this VM from it; choose another", name)
+	case measure.PassesForReserved(name):
+		return denied("event name %q is reserved: whoever shows the log could move the colon, and make another event of it; choose another", name)
 	case len(payload) > MaxEventPayload:
 		return badRequest("the event payload has %d bytes, want at most %d; record its hash instead", len(payload), MaxEventPayload)
 	}

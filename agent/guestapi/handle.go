@@ -80,8 +80,16 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		peer = &peerConn{}
 	}
 	name, ok := s.route(r.URL)
+	c := call{method: name, arguments: arguments{encoding: encodingOf(r)}, caller: peer.caller}
 	var answer response
+	refused := s.pace(r.Context())
+	if refused == nil {
+		refused = s.limit(&c, s.methods[name].class)
+	}
 	switch {
+	case refused != nil:
+		o := outcomeOf(refused)
+		answer = s.record(&c, o.answer(c.arguments.encoding), time.Since(start))
 	case !ok:
 		answer = s.notFound()
 	case r.Method != http.MethodGet && r.Method != http.MethodPost:
@@ -89,7 +97,6 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		answer = o.answer(encodingJSON)
 		answer.allow = "GET, POST"
 	default:
-		c := call{method: name, arguments: arguments{encoding: encodingOf(r)}, caller: peer.caller}
 		answer = s.call(w, r, &c, peer)
 		answer = s.record(&c, answer, time.Since(start))
 	}
@@ -204,9 +211,6 @@ func (s *Server) call(w http.ResponseWriter, r *http.Request, c *call, peer *pee
 
 func (s *Server) run(w http.ResponseWriter, r *http.Request, c *call, peer *peerConn) (message, error) {
 	m, ok := s.methods[c.method]
-	if err := s.limit(c, m.class); err != nil {
-		return nil, err
-	}
 	if err := s.admits(c); err != nil {
 		return nil, err
 	}

@@ -2,6 +2,7 @@ package guestapi
 
 import (
 	"container/list"
+	"context"
 	"fmt"
 	"math"
 	"sync"
@@ -108,11 +109,34 @@ func (l *Limiter) account(key accountKey) *account {
 	return a
 }
 
-// limit counts the call, if there is a limit. Methods that are not known count as reads.
+// limit counts the call, if there is a limit. Methods and paths that are not known count as
+// reads.
 func (s *Server) limit(c *call, class Class) error {
 	if s.cfg.Limits == nil {
 		return nil
 	}
 	_, err := s.cfg.Limits.Take(c.caller, max(class, ClassRead))
 	return err
+}
+
+// crowdedError says that all callers together are too many.
+type crowdedError struct{}
+
+func (crowdedError) Error() string { return "too many callers at once; try again later" }
+
+// RetryAfter makes the answer a 429.
+func (crowdedError) RetryAfter() time.Duration { return time.Second }
+
+// pace waits until the call may be taken up. That the caller has gone ends the wait for
+// nobody: by then it is his connection that is not there for another call.
+func (s *Server) pace(ctx context.Context) error {
+	if s.cfg.Pace == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.ReadTimeout)
+	defer cancel()
+	if s.cfg.Pace.Wait(ctx) != nil {
+		return crowdedError{}
+	}
+	return nil
 }

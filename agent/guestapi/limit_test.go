@@ -3,8 +3,12 @@ package guestapi
 import (
 	"errors"
 	"math"
+	"net/http"
+	"net/http/httptest"
 	"testing"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 func equalRates(r Rate) (all Rates) {
@@ -94,6 +98,36 @@ func TestEveryMethodHasAClass(t *testing.T) {
 		for name, m := range methodsOf(surface) {
 			if m.class < ClassRead || m.class >= classes {
 				t.Errorf("%s of %s has no class", name, surface)
+			}
+		}
+	}
+}
+
+// TestPaceIsOfAllCallers: whoever asks, and for whatever, a path that is not there
+// included. Where the wait would be too long it is refused instead.
+func TestPaceIsOfAllCallers(t *testing.T) {
+	for _, target := range []string{"/prpc/Version", "/nothing", "/prpc/Nothing"} {
+		s := NewServer(Config{Surface: Worker, Grants: Grants{Read: true}, Pace: rate.NewLimiter(rate.Every(time.Hour), 1)})
+		for i, want := range []bool{false, true} {
+			w := httptest.NewRecorder()
+			s.handle(w, httptest.NewRequest(http.MethodGet, target, nil))
+			if crowded := w.Code == http.StatusTooManyRequests; crowded != want || crowded && w.Header().Get("Retry-After") != "1" {
+				t.Errorf("call %d of %s: status %d, Retry-After %q", i, target, w.Code, w.Header().Get("Retry-After"))
+			}
+		}
+	}
+}
+
+// TestWhatIsNotThereIsLimited: a path that is not there, and an HTTP method that nothing
+// takes, are calls all the same.
+func TestWhatIsNotThereIsLimited(t *testing.T) {
+	for _, call := range []struct{ method, path string }{{http.MethodGet, "/a/b"}, {http.MethodPost, "/Nothing"}, {http.MethodPut, "/Version"}} {
+		s := NewServer(Config{Surface: Dstack, Limits: NewLimiter(equalRates(Rate{PerSecond: 1e-3, Burst: 1}))})
+		for i, want := range []bool{false, true} {
+			w := httptest.NewRecorder()
+			s.handle(w, httptest.NewRequest(call.method, call.path, nil))
+			if (w.Code == http.StatusTooManyRequests) != want {
+				t.Errorf("call %d of %v: status %d", i, call, w.Code)
 			}
 		}
 	}

@@ -188,6 +188,7 @@ func TestEmitEventRefusals(t *testing.T) {
 	before := len(g.eventNames())
 	for _, name := range strings.Fields("system-preparing app-id compose-hash instance-id boot-mr-done mr-kms os-image-hash " +
 		"key-provider storage-fs system-ready rootfs-hash ca-cert-hash init-script-hash gpu-policy-hash gpu-attestation agent-key agent-config") {
+		wantError(t, exchange(t, path, postJSON("/EmitEvent", `{"event":"`+name+`:x","payload":"3a"}`)), 400, 8, "could move the colon")
 		wantError(t, exchange(t, path, postJSON("/EmitEvent", `{"event":"`+name+`","payload":""}`)), 400, 8, "is reserved")
 	}
 	for body, words := range map[string]string{

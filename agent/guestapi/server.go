@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"tdx-agent/agent/keys"
 )
 
@@ -38,6 +40,10 @@ type Config struct {
 	Revision string // of the source, such as "git:0123456789abcdef0123"; "" is sent as "unknown"
 
 	Limits *Limiter // of every caller; nil: none
+	// Pace is how fast calls are taken up, all callers together: those that come faster
+	// wait, and so hold their connections, of which there are MaxConns. Unlike a refusal
+	// that costs nothing. Nil: at once.
+	Pace *rate.Limiter
 	// Audit records a call before it is answered; nil: no record. A call that gives
 	// something of a key is not answered unless its record could be written.
 	Audit  func(Record) error
