@@ -103,6 +103,38 @@ func TestDeniedIsCut(t *testing.T) {
 	}
 }
 
+// TestKnownByAnotherEntry ends the channel of a peer that a new policy accepts, but not as
+// the one that the application behind the channel was told.
+func TestKnownByAnotherEntry(t *testing.T) {
+	for _, tc := range []struct {
+		name, entries string
+		denied        int
+	}{
+		{"the same", "%[1]s%[2]s", 0},
+		{"another first", "%[2]s%[1]s", 1},
+		{"another only", "%[2]s", 1},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var v *remote.Verifier
+			p := &pair{server: newMachine(t, "server", true), client: newMachine(t, "client", true)}
+			first := p.client.entry("client", "echo", "")
+			second := strings.Replace(first, `name = "client"`, `name = "reader"`, 1)
+			newPairOf(t, p, "", func(s, _ *atls.Config, _ *atls.ListenerConfig) {
+				v = verifier(t, first+second, p.client)
+				s.Verifier = v
+			})
+			p.echo(t)
+			p.mustDial(t)
+			p.until(t, 1)
+			server := p.listener.Channels()[0]
+			deny(t, v, p.client, fmt.Sprintf("[defaults]\nmax_collateral_age = \"48h\"\n"+tc.entries, first, second))
+			if n := p.listener.Reappraise(t.Context()); n != tc.denied || server.IsDraining() != (n > 0) || server.IsDenied() != (n > 0) {
+				t.Errorf("%d denied, want %d; draining %v", n, tc.denied, server.IsDraining())
+			}
+		})
+	}
+}
+
 // TestTransportDrains has requests over a channel whose session ends: the one under way
 // gets its answer, and the next one has a channel of its own.
 func TestTransportDrains(t *testing.T) {
