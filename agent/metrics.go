@@ -163,10 +163,10 @@ func (r *peerReport) exposition() *status.Exposition {
 		open[c.Peer().Assurance()]++
 	}
 	var samples []status.Sample
-	for _, how := range []string{"key", "none", "quote"} {
+	for _, how := range []string{"certificate", "key", "none", "quote"} {
 		samples = append(samples, status.Sample{Labels: []string{"assurance", how}, Value: float64(open[how])})
 	}
-	e.Gauge("channels_open", "Open channels, by how the peer attested: key is a quote kept from before.", samples...)
+	e.Gauge("channels_open", "Open channels, by how the peer attested: key is a quote kept from before, certificate is RA-TLS.", samples...)
 	e.Counter("handshakes_total", "Handshakes that ended, by the step they got to, the code, whose refusal it was, and how the peer attested.", m.handshakes.Samples()...)
 	e.Histogram("handshake_duration_seconds", "From the connection to its end or opening.", &m.took)
 	e.Counter("verify_total", "Appraisals of peers, with the first check that failed.", m.appraisals.Samples()...)
