@@ -19,6 +19,7 @@ type appKeys struct {
 	absent   error         // why there is no provider
 	remote   bool          // not on this machine: only the background asks the provider
 	patience time.Duration // with a remote provider, for one try
+	here     chan struct{} // closed when a remote provider has given app; nil for others
 
 	mu      sync.Mutex // guards what follows
 	app     *keys.App
@@ -44,9 +45,9 @@ func newAppKeys(cfg *Config, hostShared string, dir runtimeDir, files *measure.G
 		return &appKeys{provider: keys.File{Path: path, KMS: kms}}
 	case files.Compose.KeyProvider == measure.KeyProviderKMS && kms != nil:
 		patience := time.Duration(len(cfg.Keys.KMS.URLs)) * (2*cfg.Keys.KMS.Timeout + quoteWait)
-		return &appKeys{provider: kms, remote: true, patience: patience, pending: &pendingKeys{}}
+		return &appKeys{provider: kms, remote: true, patience: patience, here: make(chan struct{}), pending: &pendingKeys{}}
 	case files.Compose.KeyProvider == measure.KeyProviderLocal && local != nil:
-		return &appKeys{provider: local, remote: true, patience: cfg.Keys.Local.Timeout + quoteWait, pending: &pendingKeys{}}
+		return &appKeys{provider: local, remote: true, patience: cfg.Keys.Local.Timeout + quoteWait, here: make(chan struct{}), pending: &pendingKeys{}}
 	case files.Compose.KeyProvider != measure.KeyProviderNone:
 		return &appKeys{absent: exitf(exitConfig, "no keys: app-compose.json asks for key provider %q, and there is no .appkeys.json with its keys and no [keys] table that says where to get them", files.Compose.KeyProvider)}
 	}

@@ -35,8 +35,9 @@ type ApplicationConfig struct {
 	// KeyPaths and Events are prefixes; the default is the name and a slash.
 	KeyPaths []string `toml:"key_paths,omitempty"`
 	Events   []string `toml:"events,omitempty"`
-	// Limits replace those of the agent for this socket's callers, class by class.
-	Limits LimitsConfig `toml:"limits,omitempty"`
+	// Limits replace those of the agent for this socket's callers, class by class. Names
+	// and not fields: what is not there must differ from zeros.
+	Limits map[string]guestapi.Rate `toml:"limits,omitempty"`
 }
 
 // grantRaw is the one grant that is no class of methods.
@@ -109,8 +110,7 @@ func (a *ApplicationConfig) check() error {
 	if err := checkPrefixes("events", a.Events, a.has("measure"), "measure"); err != nil {
 		return err
 	}
-	limits := a.Limits.over(defaultLimits())
-	return limits.check()
+	return checkNamedLimits(a.Limits)
 }
 
 func (a *ApplicationConfig) checkCallers() error {
@@ -233,8 +233,8 @@ func (d *daemon) guestSockets(listeners map[string]net.Listener) []guestSocket {
 	for i := range d.cfg.Applications {
 		a := &d.cfg.Applications[i]
 		s := guestSocket{name: socketOf(a.Name), listener: listeners[socketOf(a.Name)], surface: guestapi.Dstack, application: a.Name, grants: a.grants(), callers: a.callers(), limits: limits}
-		if a.Limits != (LimitsConfig{}) {
-			own := a.Limits.over(d.cfg.Limits)
+		if len(a.Limits) > 0 {
+			own := d.cfg.Limits.with(a.Limits)
 			s.limits = own.limiter()
 		}
 		all = append(all, s)

@@ -11,6 +11,7 @@ import (
 	"github.com/BurntSushi/toml"
 	"github.com/google/go-cmp/cmp"
 
+	"tdx-agent/agent/guestapi"
 	"tdx-agent/agent/status"
 )
 
@@ -41,7 +42,7 @@ func TestExampleApplication(t *testing.T) {
 	if _, err := toml.Decode(text.String(), &shown); err != nil {
 		t.Fatal(err)
 	}
-	full := ApplicationConfig{Name: "a", Grants: []string{"read"}, UIDs: []uint32{1}, KeyPaths: []string{"a/"}, Events: []string{"a/"}, Limits: defaultLimits()}
+	full := ApplicationConfig{Name: "a", Grants: []string{"read"}, UIDs: []uint32{1}, KeyPaths: []string{"a/"}, Events: []string{"a/"}, Limits: map[string]guestapi.Rate{"key": {PerSecond: 1, Burst: 1}}}
 	var every strings.Builder
 	if err := toml.NewEncoder(&every).Encode(map[string]any{"application": []ApplicationConfig{full}}); err != nil {
 		t.Fatal(err)
@@ -85,6 +86,10 @@ func TestBadApplications(t *testing.T) {
 		{"unknown key", "[[application]]\nname = \"a\"\nuid = 1\n" + good, `unknown key "application.uid"`},
 		{"limit that lets nothing through", "[limits]\nkey = {per_second = 0.0, burst = 1}\n", "limits.key: per_second is 0"},
 		{"limit of an application without a burst", "[[application]]\nname = \"a\"\nlimits = {quote = {per_second = 1.0}}\n" + good, "limits.quote: per_second is 1 and burst 0"},
+		{"limit of an application that lets nothing through", "[[application]]\nname = \"a\"\nlimits = {key = {per_second = 0, burst = 0}}\n" + good, "limits.key: per_second is 0 and burst 0"},
+		{"limit of an application that says nothing", "[[application]]\nname = \"a\"\nlimits = {key = {}}\n" + good, "limits.key: per_second is 0 and burst 0"},
+		{"limit of no class", "[[application]]\nname = \"a\"\nlimits = {keys = {per_second = 1, burst = 1}}\n" + good, `limits: "keys" is none of cert, key, measure`},
+		{"unknown key of a limit", "[[application]]\nname = \"a\"\nlimits = {key = {per_second = 1, bursts = 1}}\n" + good, `unknown key "application.limits.key.bursts"`},
 		{"too many", many, "17 applications"},
 		{"more than can be measured", large, "want at most 4096"},
 	} {

@@ -114,11 +114,18 @@ func verifyAudit(cmd *cobra.Command, dir string, ask func() (status.Audit, error
 			fmt.Fprintf(cmd.ErrOrStderr(), "the head was compared with nothing: %v\n", err)
 		}
 	}
-	if chain, err = audit.Verify(dir); err != nil || !asked {
+	chain, err = audit.Verify(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && before.Seq > 0:
+		return nil, asked, &audit.BrokenError{File: dir, Reason: fmt.Sprintf("has no record, and the agent has written %d lines: it was removed", before.Seq)}
+	case err != nil || !asked:
 		return chain, asked, err
 	}
 	if after, err = ask(); err != nil {
 		return nil, asked, err
+	}
+	if after.Problem != "" {
+		fmt.Fprintf(cmd.ErrOrStderr(), "%d lines after the last could not be written: %s\n", after.Lost, after.Problem)
 	}
 	return chain, asked, chain.Between(before.Seq, before.Head, after.Seq)
 }

@@ -31,7 +31,7 @@ func (d *daemon) openAudit() {
 	d.refusals = guestapi.NewLimiter(rates)
 	h := l.Head()
 	d.log.Info("audit record", "line", h.Seq, "head", h.Hash)
-	d.reportAudit(l.Head().Problem)
+	d.reportAudit(h)
 }
 
 // closeAudit logs the head: while no agent runs, the log is what knows it.
@@ -62,12 +62,8 @@ func (d *daemon) record(socket string, r guestapi.Record) error {
 		e.Caller = &audit.Caller{UID: c.UID, GID: c.GID, PID: c.PID, Cgroup: c.Cgroup, Container: c.Container}
 	}
 	err := d.audit.Call(e, r.Arguments)
-	if err != nil {
-		d.reportAudit(err.Error())
-		return err
-	}
-	d.reportAudit("")
-	return nil
+	d.reportAudit(d.audit.Head())
+	return err
 }
 
 // recordRequest writes a call of the agent's own sockets, which ended with err.
@@ -89,13 +85,16 @@ func resultOf(exit int) string {
 }
 
 // reportAudit logs a problem with the record when it is new.
-func (d *daemon) reportAudit(problem string) {
+func (d *daemon) reportAudit(h audit.Head) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if problem != "" && d.unwritten == "" {
-		d.log.Error("the audit record cannot be written: keys are not given until it can", "error", problem)
+	if h.Problem != "" && d.auditHead.Problem == "" {
+		d.log.Error("the audit record cannot be written: keys are not given until it can", "error", h.Problem)
 	}
-	d.unwritten = problem
+	if h.Damage != "" && d.auditHead.Damage == "" {
+		d.log.Error("somebody else has changed the audit record", "damage", h.Damage)
+	}
+	d.auditHead = h
 }
 
 func (d *daemon) auditStatus() status.Audit {
@@ -103,5 +102,5 @@ func (d *daemon) auditStatus() status.Audit {
 		return status.Audit{Problem: errNoAudit.Error()}
 	}
 	h := d.audit.Head()
-	return status.Audit{Seq: h.Seq, Head: h.Hash, Problem: h.Problem, Lost: h.Lost}
+	return status.Audit{Seq: h.Seq, Head: h.Hash, Problem: h.Problem, Lost: h.Lost, Damage: h.Damage}
 }

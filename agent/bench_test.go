@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"tdx-agent/agent/status"
 	"tdx-agent/measure"
 )
 
@@ -50,6 +51,8 @@ func benchDaemon(b testing.TB) *daemon {
 		l.Close()
 		back.close()
 	})
+	var serving status.Status // only an answer says that the audit record is open
+	check(b, callJSON(ctx, dir.agentSocket(), "/v1/status", &serving))
 	return d
 }
 

@@ -340,7 +340,7 @@ func newConfigCommand(g *globals) *cobra.Command {
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), "ok")
 			for _, s := range cfg.switches() {
-				fmt.Fprintf(cmd.OutOrStdout(), "loosened: %s = %v (will be measured as event agent-config)\n", s, cfg.loosened()[s])
+				fmt.Fprintf(cmd.OutOrStdout(), "loosened: %s = %s (will be measured as event agent-config)\n", s, status.Setting(cfg.loosened()[s]))
 			}
 			return nil
 		},

@@ -35,7 +35,7 @@ type daemon struct {
 	attester *measure.Attester
 	files    *measure.GuestFiles // nil: no application files
 	keys     *appKeys
-	audit    *audit.Log        // nil: it could not be opened
+	audit    *audit.Log        // nil: it is not or could not be opened
 	refusals *guestapi.Limiter // of lines in it
 	access   []status.Access
 	cloud    [2]string // DMI vendor and product
@@ -45,10 +45,10 @@ type daemon struct {
 
 	mu        sync.Mutex // guards what follows
 	info      guestapi.Info
-	infoOf    infoKey // what info was made from
-	diverged  string  // the last problem reported, so that each is logged once
-	unwritten string  // the same, of the audit record
-	appCert   string  // PEM chain, "" while there is none
+	infoOf    infoKey    // what info was made from
+	diverged  string     // the last problem reported, so that each is logged once
+	auditHead audit.Head // the last reported
+	appCert   string     // PEM chain, "" while there is none
 
 	uncertified string // why there is no appCert; the background's alone
 }
@@ -63,11 +63,12 @@ type infoKey struct {
 func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *measure.Ledger, hostShared string, files *measure.GuestFiles, log *slog.Logger) (*daemon, error) {
 	s, err := l.Snapshot(ctx)
 	cfg = provableConfig(cfg, b, s, err)
-	d := &daemon{cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), metrics: newAgentMetrics(), backend: b, ledger: l, files: files,
+	d := &daemon{cfg: cfg, dir: dir, log: log, started: time.Now().UTC(), backend: b, ledger: l, files: files,
 		cloud: [2]string{dmi("sys_vendor"), dmi("product_name")}}
+	d.metrics = newAgentMetrics(d)
 	quoter := b.quoter
 	if quoter != nil {
-		quoter = timedQuoter{quoter, &d.metrics.took}
+		quoter = timedQuoter{quoter, d.metrics.took}
 	}
 	ac := measure.AttesterConfig{Quoter: quoter, Ledger: l, Boot: b.boot, ServeDiverged: cfg.OnForeignExtend == "serve"}
 	if files != nil {
@@ -95,7 +96,6 @@ func newDaemon(ctx context.Context, cfg *Config, dir runtimeDir, b *backend, l *
 	if err := d.checkMeasured(s); err != nil {
 		return nil, err
 	}
-	d.openAudit()
 	return d, nil
 }
 
@@ -158,7 +158,7 @@ func (d *daemon) report(err error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if now != "" && now != d.diverged {
-		d.metrics.foreign.Add(1)
+		d.metrics.foreign.Inc()
 		d.log.Error("registers and log disagree", "error", now, "on_foreign_extend", d.cfg.OnForeignExtend)
 	}
 	d.diverged = now
@@ -242,6 +242,7 @@ func (d *daemon) registers() (measure.Registers, error) {
 func (d *daemon) background(ctx context.Context) {
 	tick := time.NewTicker(checkEvery)
 	defer tick.Stop()
+	here := d.keys.here
 	for {
 		if d.attester.LastQuote() == nil && d.backend.quoter != nil {
 			if _, err := d.Evidence(ctx, measure.ReportData{}, guestapi.Caller{}); err != nil && ctx.Err() == nil {
@@ -254,6 +255,8 @@ func (d *daemon) background(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-here: // now there can be a certificate
+			here = nil
 		case <-tick.C:
 		}
 		if err := d.alive(ctx); err != nil && ctx.Err() == nil {

@@ -175,6 +175,7 @@ func (d *daemon) fetchKeys(ctx context.Context, wait time.Duration) error {
 		return nil
 	}
 	d.keys.app, d.keys.pending = app, nil
+	close(d.keys.here)
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -30,22 +31,37 @@ import (
 // simulatedVerifier accepts every application of a simulated TD.
 func simulatedVerifier(t *testing.T, td *tdxsim.TD) (v *remote.Verifier, policy, bundle string) {
 	t.Helper()
-	roots, err := dcap.NewRoots(td.RootPEM())
-	check(t, err)
-	text := fmt.Sprintf("version = 1\n[[peer]]\nname = \"it\"\nroot = \"sha256:%x\"\nallow_simulated = true\nallow_any_image = true\nallow_any_app = true\n", roots.Pins()[0])
-	b, err := td.Collateral()
-	check(t, err)
-	dir := t.TempDir()
-	policy, bundle = filepath.Join(dir, "policy.toml"), filepath.Join(dir, "collateral.json")
-	check(t, os.WriteFile(policy, []byte(text), 0o600))
-	check(t, os.WriteFile(bundle, b, 0o600))
-	p, err := remote.ParsePolicy(policy, []byte(text))
-	check(t, err)
-	store, err := collateral.New(collateral.Config{Roots: roots, Files: []string{bundle}})
-	check(t, err)
-	v, err = remote.NewVerifier(remote.Config{Policy: p, Collateral: store})
+	v, policy, bundle, err := makeVerifier(td, filepath.Join(t.TempDir(), "it"))
 	check(t, err)
 	return v, policy, bundle
+}
+
+// makeVerifier leaves its policy and collateral in NAME-policy.toml and
+// NAME-collateral.json.
+func makeVerifier(td *tdxsim.TD, name string) (v *remote.Verifier, policy, bundle string, err error) {
+	policy, bundle = name+"-policy.toml", name+"-collateral.json"
+	roots, err := dcap.NewRoots(td.RootPEM())
+	if err != nil {
+		return nil, "", "", err
+	}
+	text := fmt.Sprintf("version = 1\n[[peer]]\nname = \"it\"\nroot = \"sha256:%x\"\nallow_simulated = true\nallow_any_image = true\nallow_any_app = true\n", roots.Pins()[0])
+	b, err := td.Collateral()
+	if err != nil {
+		return nil, "", "", err
+	}
+	if err := errors.Join(os.WriteFile(policy, []byte(text), 0o600), os.WriteFile(bundle, b, 0o600)); err != nil {
+		return nil, "", "", err
+	}
+	p, err := remote.ParsePolicy(policy, []byte(text))
+	if err != nil {
+		return nil, "", "", err
+	}
+	store, err := collateral.New(collateral.Config{Roots: roots, Files: []string{bundle}})
+	if err != nil {
+		return nil, "", "", err
+	}
+	v, err = remote.NewVerifier(remote.Config{Policy: p, Collateral: store})
+	return v, policy, bundle, err
 }
 
 // kmsMachine is the TD of a KMS.
@@ -59,18 +75,8 @@ func newKMSMachine(t *testing.T) *kmsMachine {
 	td, err := tdxsim.New(t.TempDir(), tdxsim.Config{})
 	check(t, err)
 	t.Cleanup(func() { td.Close() })
-	m := &kmsMachine{td: td}
-	m.events, err = measure.ParseCCEL(td.CCEL())
+	m, err := bootKMSMachine(td)
 	check(t, err)
-	for _, e := range []struct {
-		name    string
-		payload []byte
-	}{{measure.EventAppID, make([]byte, 20)}, {measure.EventComposeHash, make([]byte, 32)}, {measure.EventInstanceID, nil}, {measure.EventBootMRDone, nil}, {measure.EventSystemReady, nil}} {
-		event, err := measure.NewRuntimeEvent(e.name, e.payload, measure.EventV1)
-		check(t, err)
-		check(t, td.Extend(measure.RTMR3, event.Digest))
-		m.events = append(m.events, event)
-	}
 	return m
 }
 
@@ -141,11 +147,8 @@ func newKMSSession(t *testing.T) *kmsSession {
 	_, cfg.Keys.KMS.Policy, _ = simulatedVerifier(t, machine.td)
 	_, _, bundle := simulatedVerifier(t, machine.td)
 	cfg.Keys.KMS.Collateral = []string{bundle}
-	evidence, err := machine.attest(ctx, measure.ReportData{})
+	cfg.Boot.MRKMS, err = machine.mrAggregated()
 	check(t, err)
-	quote, err := measure.ParseQuote(evidence.Quote)
-	check(t, err)
-	cfg.Boot.MRKMS = hexOf(measure.MRAggregated(quote.Body.Registers))
 	cfg.Boot.OSImageHash = strings.Repeat("ab", 32)
 	files := *measure.SampleApp()
 	files.AppCompose = fmt.Appendf(nil, `{"manifest_version":2,"name":"k","runner":"docker-compose","key_provider":"kms","key_provider_id":"%x","storage_fs":"ext4"}`, s.kms.Root())

@@ -2,6 +2,9 @@ package main
 
 import (
 	"fmt"
+	"maps"
+	"slices"
+	"strings"
 
 	"tdx-agent/agent/guestapi"
 )
@@ -37,20 +40,36 @@ func (c *LimitsConfig) byClass() map[guestapi.Class]*guestapi.Rate {
 }
 
 func (c *LimitsConfig) check() error {
+	named := map[string]guestapi.Rate{}
 	for class, r := range c.byClass() {
-		if err := r.Check(); err != nil {
-			return fmt.Errorf("limits.%s: %w", class, err)
+		named[class.String()] = *r
+	}
+	return checkNamedLimits(named)
+}
+
+// checkNamedLimits checks limits that are named as the fields of [LimitsConfig] are.
+func checkNamedLimits(named map[string]guestapi.Rate) error {
+	var classes []string
+	for class := range new(LimitsConfig).byClass() {
+		classes = append(classes, class.String())
+	}
+	slices.Sort(classes)
+	for _, name := range slices.Sorted(maps.Keys(named)) {
+		if !slices.Contains(classes, name) {
+			return fmt.Errorf("limits: %q is none of %s", name, strings.Join(classes, ", "))
+		}
+		if err := named[name].Check(); err != nil {
+			return fmt.Errorf("limits.%s: %w", name, err)
 		}
 	}
 	return nil
 }
 
-// over returns c with what it leaves out taken from base.
-func (c LimitsConfig) over(base LimitsConfig) LimitsConfig {
-	defaults := base.byClass()
+// with returns c with what is named in the place of its own.
+func (c LimitsConfig) with(named map[string]guestapi.Rate) LimitsConfig {
 	for class, r := range c.byClass() {
-		if *r == (guestapi.Rate{}) {
-			*r = *defaults[class]
+		if own, ok := named[class.String()]; ok {
+			*r = own
 		}
 	}
 	return c

@@ -3,11 +3,15 @@ package main
 import (
 	"context"
 	"errors"
+	"net/http"
 	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"tdx-agent/agent/status"
 	"tdx-agent/measure"
@@ -15,22 +19,99 @@ import (
 	"tdx-agent/remote/atls"
 )
 
-// agentMetrics are the counters of serve. The rest of /metrics is its status.
-type agentMetrics struct {
-	quotes  *status.Counter  // class, result
-	took    status.Histogram // of the host
-	calls   *status.Counter  // service or application, method, code
-	foreign atomic.Int64
+// Labels have the program's own words as values, and names that the operator has given
+// in agent.toml: never what a caller or a peer has said.
+
+const metricPrefix = "tdx_agent_"
+
+// seconds are the buckets for quotes (39 ms to 31 s) and handshakes.
+var seconds = []float64{0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30}
+
+// metricSet is a registry of one process, with nothing in it that was not put there.
+type metricSet struct{ registry *prometheus.Registry }
+
+func newMetricSet() metricSet { return metricSet{prometheus.NewRegistry()} }
+
+func (m *metricSet) counters(name, help string, labels ...string) *prometheus.CounterVec {
+	c := prometheus.NewCounterVec(prometheus.CounterOpts{Name: metricPrefix + name, Help: help}, labels)
+	m.registry.MustRegister(c)
+	return c
 }
 
-func newAgentMetrics() *agentMetrics {
-	return &agentMetrics{quotes: status.NewCounter("class", "result"), calls: status.NewCounter("service", "method", "code")}
+func (m *metricSet) histogram(name, help string) prometheus.Histogram {
+	h := prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricPrefix + name, Help: help, Buckets: seconds})
+	m.registry.MustRegister(h)
+	return h
+}
+
+// handler answers GET /metrics.
+func (m *metricSet) handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{DisableCompression: true, MaxRequestsInFlight: 4})
+}
+
+// snapshot makes metrics of what the process knows when it is asked.
+type snapshot func(*snapshotWriter)
+
+// Describe implements prometheus.Collector: what there is depends on the state.
+func (snapshot) Describe(chan<- *prometheus.Desc) {}
+
+// Collect implements prometheus.Collector.
+func (s snapshot) Collect(to chan<- prometheus.Metric) { s(&snapshotWriter{to}) }
+
+type snapshotWriter struct{ to chan<- prometheus.Metric }
+
+// add adds a value with labels: name, value, name, value ...
+func (w *snapshotWriter) add(kind prometheus.ValueType, name, help string, value float64, labels ...string) {
+	var names, values []string
+	for i := 0; i+1 < len(labels); i += 2 {
+		names, values = append(names, labels[i]), append(values, labels[i+1])
+	}
+	w.to <- prometheus.MustNewConstMetric(prometheus.NewDesc(metricPrefix+name, help, names, nil), kind, value, values...)
+}
+
+func (w *snapshotWriter) gauge(name, help string, value float64, labels ...string) {
+	w.add(prometheus.GaugeValue, name, help, value, labels...)
+}
+
+func (w *snapshotWriter) flag(name, help string, is bool, labels ...string) {
+	value := 0.0
+	if is {
+		value = 1
+	}
+	w.gauge(name, help, value, labels...)
+}
+
+// moment is a time, 0 if there is none.
+func (w *snapshotWriter) moment(name, help string, t time.Time) {
+	value := 0.0
+	if !t.IsZero() {
+		value = float64(t.UnixMilli()) / 1000
+	}
+	w.gauge(name, help, value)
+}
+
+// agentMetrics are those of serve.
+type agentMetrics struct {
+	metricSet
+	quotes, calls *prometheus.CounterVec
+	took          prometheus.Histogram // of the host
+	foreign       prometheus.Counter
+}
+
+func newAgentMetrics(d *daemon) *agentMetrics {
+	m := &agentMetrics{metricSet: newMetricSet()}
+	m.quotes = m.counters("quote_requests_total", "Requests for quotes: local ones of this TD, channel ones for its peers.", "class", "result")
+	m.calls = m.counters("api_requests_total", "Calls of applications, by service or application, method and HTTP status.", "service", "method", "code")
+	m.took = m.histogram("quote_duration_seconds", "What the host took for a quote.")
+	m.foreign = prometheus.NewCounter(prometheus.CounterOpts{Name: metricPrefix + "rtmr_foreign_extends_total", Help: "Times that a register was found to differ from its log."})
+	m.registry.MustRegister(m.foreign, snapshot(d.collect))
+	return m
 }
 
 // timedQuoter measures the host.
 type timedQuoter struct {
 	measure.Quoter
-	took *status.Histogram
+	took prometheus.Histogram
 }
 
 // Quote implements measure.Quoter.
@@ -38,7 +119,7 @@ func (q timedQuoter) Quote(ctx context.Context, rd measure.ReportData) ([]byte, 
 	start := time.Now()
 	b, err := q.Quoter.Quote(ctx, rd)
 	if err == nil {
-		q.took.Observe(time.Since(start))
+		q.took.Observe(time.Since(start).Seconds())
 	}
 	return b, err
 }
@@ -58,44 +139,7 @@ func (m *agentMetrics) quoted(class string, err error) {
 	case errors.Is(err, context.Canceled):
 		result = "canceled"
 	}
-	m.quotes.Inc(class, result)
-}
-
-// exposition is what GET /metrics of agent.sock says. It makes no quote.
-func (d *daemon) exposition(ctx context.Context) *status.Exposition {
-	s, e := d.status(ctx), &status.Exposition{}
-	e.Gauge("build_info", "The program.", status.Flag(true, "version", s.Version, "go", runtime.Version(), "quotes", s.Backend.Quotes, "registers", s.Backend.Registers))
-	e.Gauge("start_time_seconds", "When the agent started.", status.Moment(s.Started))
-	e.Gauge("ready", "Whether log and registers agree, the boot step is done and a quote was made.", status.Flag(s.Ready))
-	e.Gauge("simulator_active", "Whether the TD is simulated, so that nothing proves anything.", status.Flag(s.Simulated))
-	var consistent, events []status.Sample
-	for _, r := range s.Registers {
-		name := strings.ToLower(r.Name)
-		if r.Verdict == status.Match || r.Verdict == status.Mismatch {
-			consistent = append(consistent, status.Flag(r.Verdict == status.Match, "rtmr", name))
-		}
-		if name != "mrtd" {
-			events = append(events, status.Sample{Labels: []string{"rtmr", name}, Value: float64(r.Events)})
-		}
-	}
-	e.Gauge("rtmr_log_consistent", "Whether the register is what its event log replays to.", consistent...)
-	e.Counter("rtmr_events_total", "Events in the log of the register.", events...)
-	e.Counter("rtmr_foreign_extends_total", "Times that a register was found to differ from its log.", status.Value(float64(d.metrics.foreign.Load())))
-	d.exposeQuotes(e, &s.Quotes)
-	e.Counter("api_requests_total", "Calls to the sockets of applications, by method and HTTP status.", d.metrics.calls.Samples()...)
-	e.Gauge("audit_writable", "Whether the audit record can be written; only then are keys given.", status.Flag(s.Audit.Problem == ""))
-	e.Counter("audit_lines_total", "Lines in the chain of the audit record.", status.Value(float64(s.Audit.Seq)))
-	return e
-}
-
-func (d *daemon) exposeQuotes(e *status.Exposition, q *status.Quotes) {
-	e.Counter("quote_requests_total", "Requests for quotes: local of this TD, channel of its peers.", d.metrics.quotes.Samples()...)
-	e.Histogram("quote_duration_seconds", "What the host took for a quote.", &d.metrics.took)
-	e.Gauge("quote_queue_depth", "Quotes that wait for their turn.",
-		status.Sample{Labels: []string{"class", "channel"}, Value: float64(q.Remote)}, status.Sample{Labels: []string{"class", "local"}, Value: float64(q.Queued - q.Remote)})
-	e.Gauge("quote_inflight", "Whether the host works on a quote.", status.Flag(d.attester.Running() > 0))
-	e.Gauge("last_quote_success_timestamp_seconds", "When the last quote was made; 0 before the first.", status.Moment(q.LastSuccess))
-	e.Gauge("last_quote_failure_timestamp_seconds", "When a quote failed last; 0 if none has.", status.Moment(q.LastFailure))
+	m.quotes.WithLabelValues(class, result).Inc()
 }
 
 // called counts a call of an application. method is one of the surface's own, or "".
@@ -103,39 +147,73 @@ func (m *agentMetrics) called(service, method string, code int) {
 	if method == "" {
 		method = "unknown"
 	}
-	m.calls.Inc(service, method, strconv.Itoa(code))
+	m.calls.WithLabelValues(service, method, strconv.Itoa(code)).Inc()
 }
 
-// channelMetrics are the counters of a process with channels.
+// collect adds what status knows. It makes no quote.
+func (d *daemon) collect(w *snapshotWriter) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	s := d.status(ctx)
+	w.flag("build_info", "The program.", true, "version", s.Version, "go", runtime.Version(), "quotes", s.Backend.Quotes, "registers", s.Backend.Registers)
+	w.moment("start_time_seconds", "When the agent started.", s.Started)
+	w.flag("ready", "Whether log and registers agree, the boot step is done and a quote was made.", s.Ready)
+	w.flag("simulator_active", "Whether the TD is simulated, so that nothing proves anything.", s.Simulated)
+	for _, r := range s.Registers {
+		name := strings.ToLower(r.Name)
+		if r.Verdict == status.Match || r.Verdict == status.Mismatch {
+			w.flag("rtmr_log_consistent", "Whether the register is what its event log replays to.", r.Verdict == status.Match, "rtmr", name)
+		}
+		if name != "mrtd" {
+			w.add(prometheus.CounterValue, "rtmr_events_total", "Events in the log of the register.", float64(r.Events), "rtmr", name)
+		}
+	}
+	q := &s.Quotes
+	const depth = "Quotes that wait for their turn."
+	w.gauge("quote_queue_depth", depth, float64(q.Remote), "class", "channel")
+	w.gauge("quote_queue_depth", depth, float64(q.Queued-q.Remote), "class", "local")
+	w.flag("quote_inflight", "Whether the host works on a quote.", d.attester.Running() > 0)
+	w.moment("last_quote_success_timestamp_seconds", "When the last quote was made; 0 before the first.", q.LastSuccess)
+	w.moment("last_quote_failure_timestamp_seconds", "When a quote failed last; 0 if none has.", q.LastFailure)
+	w.flag("audit_writable", "Whether the audit record can be written; only then are keys given.", s.Audit.Problem == "")
+	w.flag("audit_untouched", "Whether nobody else was found to have changed the audit record since the agent started.", s.Audit.Damage == "")
+	w.add(prometheus.CounterValue, "audit_lines_total", "Lines in the chain of the audit record.", float64(s.Audit.Seq))
+}
+
+// channelMetrics are those of a process with channels.
 type channelMetrics struct {
-	accepted, refused atomic.Int64
-	handshakes        *status.Counter // direction, code, step, by, assurance
-	appraisals        *status.Counter // direction, result, reason
-	took              status.Histogram
+	metricSet
+	accepted, refused      atomic.Int64
+	handshakes, appraisals *prometheus.CounterVec
+	took                   prometheus.Histogram
 }
 
-func newChannelMetrics() channelMetrics {
-	return channelMetrics{handshakes: status.NewCounter("direction", "code", "step", "by", "assurance"), appraisals: status.NewCounter("direction", "result", "reason")}
+func newChannelMetrics(r *peerReport) *channelMetrics {
+	m := &channelMetrics{metricSet: newMetricSet()}
+	m.handshakes = m.counters("handshakes_total", "Handshakes that ended, by the step they got to, the code, whose refusal it was, and how the peer attested.", "direction", "code", "step", "by", "assurance")
+	m.appraisals = m.counters("verify_total", "Appraisals of peers, with the first check that failed.", "direction", "result", "reason")
+	m.took = m.histogram("handshake_duration_seconds", "From the connection to its end or opening.")
+	m.registry.MustRegister(snapshot(r.collect))
+	return m
 }
 
 func (m *channelMetrics) observe(h *atls.Handshake) {
 	direction, by := directionOf(h.Role), "us"
-	failed, isError := errors.AsType[*atls.Error](h.Err)
-	if isError && failed.Remote {
+	if failed, ok := errors.AsType[*atls.Error](h.Err); ok && failed.Remote {
 		by = "peer"
 	}
-	m.handshakes.Inc(direction, string(h.Code), string(h.Step), by, h.Assurance)
-	m.took.Observe(h.Duration)
+	m.handshakes.WithLabelValues(direction, string(h.Code), string(h.Step), by, h.Assurance).Inc()
+	m.took.Observe(h.Duration.Seconds())
 	if h.Code == atls.CodeOK {
 		m.accepted.Add(1)
 		if h.Assurance != "none" {
-			m.appraisals.Inc(direction, "accepted", "")
+			m.appraisals.WithLabelValues(direction, "accepted", "").Inc()
 		}
 		return
 	}
 	m.refused.Add(1)
 	if h.Step == atls.StepVerify && by == "us" {
-		m.appraisals.Inc(direction, "refused", reasonOf(h))
+		m.appraisals.WithLabelValues(direction, "refused", reasonOf(h)).Inc()
 	}
 }
 
@@ -153,28 +231,21 @@ func reasonOf(h *atls.Handshake) string {
 	return string(h.Code)
 }
 
-// exposition is what GET /metrics of this process says.
-func (r *peerReport) exposition() *status.Exposition {
-	e, m := &status.Exposition{}, &r.metrics
-	e.Gauge("build_info", "The program.", status.Flag(true, "version", version(), "go", runtime.Version(), "process", r.name))
-	e.Gauge("start_time_seconds", "When the process started.", status.Moment(r.started))
+// collect adds what the process knows when it is asked.
+func (r *peerReport) collect(w *snapshotWriter) {
+	w.flag("build_info", "The program.", true, "version", version(), "go", runtime.Version(), "process", r.name)
+	w.moment("start_time_seconds", "When the process started.", r.started)
 	open := map[string]int{}
 	for _, c := range r.channels() {
 		open[c.Peer().Assurance()]++
 	}
-	var samples []status.Sample
 	for _, how := range []string{"certificate", "key", "none", "quote"} {
-		samples = append(samples, status.Sample{Labels: []string{"assurance", how}, Value: float64(open[how])})
+		w.gauge("channels_open", "Open channels, by how the peer attested: key is a quote kept from before, certificate is RA-TLS.", float64(open[how]), "assurance", how)
 	}
-	e.Gauge("channels_open", "Open channels, by how the peer attested: key is a quote kept from before, certificate is RA-TLS.", samples...)
-	e.Counter("handshakes_total", "Handshakes that ended, by the step they got to, the code, whose refusal it was, and how the peer attested.", m.handshakes.Samples()...)
-	e.Histogram("handshake_duration_seconds", "From the connection to its end or opening.", &m.took)
-	e.Counter("verify_total", "Appraisals of peers, with the first check that failed.", m.appraisals.Samples()...)
-	e.Gauge("policy_generation", "Of the policy in force: each reload adds one.", status.Value(float64(r.verifier.Generation())))
+	w.gauge("policy_generation", "Of the policy in force: each reload adds one.", float64(r.verifier.Generation()))
 	h := r.verifier.Collateral().Health()
-	e.Gauge("collateral_platforms", "Platforms whose collateral is known.", status.Value(float64(h.Platforms)))
-	e.Gauge("collateral_expiry_timestamp_seconds", "When the first of the collateral ends; 0 where none is known.", status.Moment(h.Until))
-	e.Gauge("collateral_last_refresh_timestamp_seconds", "When the last of the collateral became known.", status.Moment(h.Since))
-	e.Gauge("collateral_refused_platforms", "Platforms that no source had collateral for, lately.", status.Value(float64(h.Refused)))
-	return e
+	w.gauge("collateral_platforms", "Platforms whose collateral is known.", float64(h.Platforms))
+	w.moment("collateral_expiry_timestamp_seconds", "When the first of the collateral ends; 0 where none is known.", h.Until)
+	w.moment("collateral_last_refresh_timestamp_seconds", "When the last of the collateral became known.", h.Since)
+	w.gauge("collateral_refused_platforms", "Platforms that no source had collateral for, lately.", float64(h.Refused))
 }

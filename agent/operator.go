@@ -57,7 +57,7 @@ func (d *daemon) operatorHandler() http.Handler {
 		fmt.Fprintln(w, "ok")
 	})
 	mux.HandleFunc("GET /readyz", d.serveReady)
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { d.exposition(r.Context()).ServeHTTP(w, r) })
+	mux.Handle("GET /metrics", d.metrics.handler())
 	return mux
 }
 

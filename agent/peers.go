@@ -39,11 +39,13 @@ type peerReport struct {
 	channels func() []*atls.Conn
 
 	failures atls.Failures
-	metrics  channelMetrics
+	metrics  *channelMetrics
 }
 
 func newPeerReport() *peerReport {
-	return &peerReport{started: time.Now().UTC(), metrics: newChannelMetrics()}
+	r := &peerReport{started: time.Now().UTC()}
+	r.metrics = newChannelMetrics(r)
+	return r
 }
 
 // observe counts a handshake and keeps it if it failed.
@@ -130,7 +132,7 @@ func (r *peerReport) handler() http.Handler {
 			Failures []status.PeerFailure `json:"failures"`
 		}{failuresSchema, r.failed()})
 	})
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, req *http.Request) { r.exposition().ServeHTTP(w, req) })
+	mux.Handle("GET /metrics", r.metrics.handler())
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	return mux
 }

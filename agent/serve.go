@@ -103,6 +103,8 @@ func serveFiles(ctx context.Context, cfg *Config, o serveOptions, dir runtimeDir
 
 // run serves on the listeners until ctx ends or a server fails.
 func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, stderr io.Writer) error {
+	// Not before the sockets are ours: a second agent must not write into this one's record.
+	d.openAudit()
 	group, ctx := errgroup.WithContext(ctx)
 	for _, g := range d.guestSockets(listeners) {
 		d.access = append(d.access, g.access())

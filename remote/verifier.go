@@ -118,10 +118,9 @@ type Expect struct {
 	Entries []string
 	// Channel is the attested channel that the evidence came over. Nil: none.
 	Channel *Channel
-	// Again is the result of an earlier appraisal of the same evidence, nil for none. It
-	// spares checking the quote's signatures once more, where that was done under this
-	// policy. Everything else is judged anew.
-	Again *Result
+	// Signed is the quote of the evidence, whose signatures were checked before. Nil: they
+	// were not. They are not checked once more if that was under this policy.
+	Signed *Signed
 	// CertificateLife is how long the certificate is valid that the evidence came in.
 	// Zero: it came in none.
 	CertificateLife time.Duration
@@ -200,7 +199,7 @@ func (v *Verifier) claimLog(c *Claims, events []measure.Event) (known *logClaims
 // claimQuote verifies the quote by the collateral that there is, or fetches some. The
 // error is that of ctx.
 func (a *active) claimQuote(ctx context.Context, c *Claims, quote []byte, x *Expect, at time.Time) error {
-	if a.claimAgain(ctx, c, quote, x.Again, at) {
+	if a.claimSigned(ctx, c, quote, x.Signed, at) {
 		return nil
 	}
 	fmspc, ca, err := a.dcap.Platform(quote)
@@ -237,18 +236,31 @@ func (a *active) claimQuote(ctx context.Context, c *Claims, quote []byte, x *Exp
 	return c.parse(quote)
 }
 
-// claimAgain claims a quote that was verified before. If that is not so, or it is not
-// good any more, it is for claimQuote to say why.
-func (a *active) claimAgain(ctx context.Context, c *Claims, quote []byte, earlier *Result, at time.Time) bool {
-	if earlier == nil || earlier.Claims.Report == nil || !earlier.Claims.Report.IsOf(quote) {
+// Signed is a quote whose every signature was checked, up to a root of the policy: it is
+// worth more work. Nothing is judged yet.
+type Signed struct{ quote *dcap.Signed }
+
+// CheckSignatures checks the signatures of a quote, which is little work beside an
+// appraisal.
+func (v *Verifier) CheckSignatures(quote []byte) (*Signed, error) {
+	s, err := v.active.Load().dcap.CheckSignatures(quote)
+	if err != nil {
+		return nil, err
+	}
+	return &Signed{s}, nil
+}
+
+// claimSigned claims a quote whose signatures were checked before. If that is not so, or
+// it is not good, it is for claimQuote to say why.
+func (a *active) claimSigned(ctx context.Context, c *Claims, quote []byte, s *Signed, at time.Time) bool {
+	if s == nil || !s.quote.IsOf(quote) {
 		return false
 	}
-	known := earlier.Claims.Report
-	set := a.store.Known(known.PCK.FMSPC, known.PCK.CA)
+	set := a.store.Known(s.quote.Platform())
 	if set == nil {
 		return false
 	}
-	r, err := a.dcap.VerifyAgain(ctx, known, set.Collateral, at)
+	r, err := a.dcap.VerifySigned(ctx, s.quote, set.Collateral, at)
 	if err != nil {
 		return false
 	}

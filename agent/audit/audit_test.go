@@ -283,6 +283,72 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
+// TestTouchedWhileWritten has somebody else lay hands on the file of a running agent. No
+// line goes where nobody can read it, and the damage is told.
+func TestTouchedWhileWritten(t *testing.T) {
+	for name, test := range map[string]struct {
+		touch   func(path string) error
+		damage  string
+		broken  string // why the record does not pass afterwards
+		refused bool   // no line is written
+	}{
+		"removed": {touch: os.Remove, damage: "was removed at line 2", broken: "is missing, and audit.jsonl begins at line 3"},
+		"moved": {touch: func(path string) error { return os.Rename(path, path+".moved") },
+			damage: "was removed at line 2", broken: "is missing, and audit.jsonl begins at line 3"},
+		"replaced": {touch: func(path string) error {
+			return errors.Join(os.Rename(path, path+".moved"), os.WriteFile(path, nil, 0o600))
+		}, damage: "took the place of audit.jsonl at line 2", refused: true},
+		"link": {touch: func(path string) error {
+			return errors.Join(os.Rename(path, path+".moved"), os.Symlink(path+".moved", path))
+		}, damage: "took the place of audit.jsonl at line 2", refused: true},
+		"cut":    {touch: func(path string) error { return os.Truncate(path, 0) }, damage: "has 0 bytes at line 2", broken: "begins at line 3"},
+		"longer": {touch: func(path string) error { return os.Truncate(path, 4000) }, damage: "has 4000 bytes at line 2", broken: "audit.jsonl:3:"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			l := start(t, dir, Options{})
+			call(t, l, "web/a")
+			if h := l.Head(); h.Damage != "" {
+				t.Fatalf("damage %q before anything was touched", h.Damage)
+			}
+			if err := test.touch(filepath.Join(dir, fileCurrent)); err != nil {
+				t.Fatal(err)
+			}
+			if h := l.Head(); !strings.Contains(h.Damage, test.damage) || h.Seq != 2 {
+				t.Errorf("head is %+v, want damage %q", h, test.damage)
+			}
+			err := l.Call(Entry{Method: "GetKey"}, nil)
+			if (err != nil) != test.refused {
+				t.Fatalf("the next line: %v", err)
+			}
+			if h := l.Head(); !strings.Contains(h.Damage, test.damage) || (h.Problem != "") != test.refused {
+				t.Errorf("head is %+v, want damage %q", h, test.damage)
+			}
+			if !test.refused {
+				wantBroken(t, dir, test.broken)
+				return
+			}
+			if err := os.Remove(filepath.Join(dir, fileCurrent)); err != nil { // as the error says
+				t.Fatal(err)
+			}
+			call(t, l, "web/b")
+			wantBroken(t, dir, "begins at line 3")
+		})
+	}
+}
+
+// TestSimulatedIsSaidForEver reads a record whose first line, the start, is gone.
+func TestSimulatedIsSaidForEver(t *testing.T) {
+	dir := t.TempDir()
+	l := start(t, dir, Options{MaxBytes: 1000, Simulated: true})
+	for range 20 {
+		call(t, l, "web/a")
+	}
+	if c := verified(t, dir); c.Entries[0].Kind == KindStart || !c.Entries[0].Simulated {
+		t.Errorf("the record begins with %+v", c.Entries[0])
+	}
+}
+
 func TestLongTextsAreCut(t *testing.T) {
 	dir := t.TempDir()
 	l := start(t, dir, Options{})

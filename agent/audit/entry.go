@@ -47,11 +47,13 @@ type Entry struct {
 	// line of their own, since there were too many.
 	Missed int `json:"missed,omitempty"`
 
-	// Of a start: the agent's version, whether its TD is simulated, and how many bytes
-	// of a line that broke off were removed.
-	Version   string `json:"version,omitempty"`
-	Simulated bool   `json:"simulated,omitempty"`
-	Torn      int    `json:"torn,omitempty"`
+	// Of a start: the agent's version, and how many bytes of a line that broke off were
+	// removed.
+	Version string `json:"version,omitempty"`
+	Torn    int    `json:"torn,omitempty"`
+
+	// Simulated is whether the agent's TD is. Every line says it: older ones are dropped.
+	Simulated bool `json:"simulated,omitempty"`
 
 	// Lost is how many lines before this one could not be written.
 	Lost uint64 `json:"lost,omitempty"`

@@ -44,6 +44,9 @@ type Head struct {
 	// Problem is why the last line could not be written, "" if it could.
 	Problem string
 	Lost    uint64 // lines that could not be written since the last that could
+	// Damage is what somebody else has done to the file since it was opened, as far as
+	// its name, number and size show; "" is nothing. It stays until the next start.
+	Damage string
 }
 
 // Log appends to the record. Its methods may be called concurrently.
@@ -52,11 +55,12 @@ type Log struct {
 	o   Options
 	key []byte
 
-	mu   sync.Mutex // guards what follows
-	file *os.File
-	size int64 // of what is whole in file
-	torn bool  // something not whole follows
-	head Head
+	mu       sync.Mutex // guards what follows
+	file     *os.File
+	dev, ino uint64 // of file
+	size     int64  // of what is whole in file
+	torn     bool   // something not whole follows
+	head     Head
 }
 
 // Open continues the record in dir, which no other process may be writing, or begins
@@ -74,7 +78,7 @@ func Open(dir string, o Options) (*Log, error) {
 	if l.key, err = loadKey(filepath.Join(dir, fileKey)); err != nil {
 		return nil, err
 	}
-	if l.file, err = os.OpenFile(l.path(fileCurrent), os.O_RDWR|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW, 0o600); err != nil {
+	if err := l.open(0); err != nil {
 		return nil, err
 	}
 	torn, err := l.resume()
@@ -82,8 +86,26 @@ func Open(dir string, o Options) (*Log, error) {
 		l.file.Close()
 		return nil, err
 	}
-	l.append(Entry{Kind: KindStart, Version: o.Version, Simulated: o.Simulated, Torn: torn}) // a failure is in Head
+	l.append(Entry{Kind: KindStart, Version: o.Version, Torn: torn}) // a failure is in Head
 	return l, nil
+}
+
+// open opens the current file, with these flags on top, in the place of the one that is.
+func (l *Log) open(flags int) error {
+	f, err := os.OpenFile(l.path(fileCurrent), os.O_RDWR|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW|flags, 0o600)
+	if err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		f.Close()
+		return &os.PathError{Op: "stat", Path: f.Name(), Err: err}
+	}
+	if l.file != nil {
+		l.file.Close()
+	}
+	l.file, l.dev, l.ino, l.size, l.torn = f, st.Dev, st.Ino, 0, false
+	return nil
 }
 
 func (l *Log) path(name string) string { return filepath.Join(l.dir, name) }
@@ -167,7 +189,7 @@ func readTail(f *os.File) ([]byte, int64, error) {
 }
 
 // Call records a call. The arguments, as they were received, are not kept. Seq, Time,
-// Kind, Request, Lost and Prev of e are set here. When the error is not nil the call is
+// Kind, Request, Lost, Simulated and Prev of e are set here. When the error is not nil the call is
 // not in the record, and the next line will say that one is missing.
 func (l *Log) Call(e Entry, arguments []byte) error {
 	e.Kind = KindCall
@@ -195,7 +217,7 @@ func (l *Log) digest(method string, arguments []byte) string {
 func (l *Log) append(e Entry) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.Seq, e.Time, e.Prev, e.Lost = l.head.Seq+1, l.o.Now().UTC(), l.head.Hash, l.head.Lost
+	e.Seq, e.Time, e.Prev, e.Lost, e.Simulated = l.head.Seq+1, l.o.Now().UTC(), l.head.Hash, l.head.Lost, l.o.Simulated
 	line, err := json.Marshal(e)
 	if err == nil {
 		err = l.write(append(line, '\n'))
@@ -205,7 +227,7 @@ func (l *Log) append(e Entry) error {
 		l.head.Problem = err.Error()
 		return err
 	}
-	l.head = Head{Seq: e.Seq, Hash: hash(line)}
+	l.head = Head{Seq: e.Seq, Hash: hash(line), Damage: l.head.Damage}
 	return nil
 }
 
@@ -213,11 +235,8 @@ func (l *Log) write(line []byte) error {
 	if l.file == nil {
 		return errors.New("the record is closed")
 	}
-	if l.torn {
-		if err := l.file.Truncate(l.size); err != nil {
-			return fmt.Errorf("remove a line that broke off: %w", err)
-		}
-		l.torn = false
+	if err := l.prepare(); err != nil {
+		return err
 	}
 	if l.size > 0 && l.size+int64(len(line)) > l.o.MaxBytes {
 		if err := l.rotate(); err != nil {
@@ -237,20 +256,64 @@ func (l *Log) rotate() error {
 	if err := os.Rename(l.path(fileCurrent), l.path(fileOlder)); err != nil {
 		return err
 	}
-	f, err := os.OpenFile(l.path(fileCurrent), os.O_RDWR|os.O_APPEND|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
+	if err := l.open(os.O_EXCL); err != nil {
 		// What is written until that works follows the older lines.
 		return errors.Join(err, os.Rename(l.path(fileOlder), l.path(fileCurrent)))
 	}
-	l.file.Close()
-	l.file, l.size = f, 0
 	return nil
 }
 
-// Head returns the end of the chain.
+// look finds the file under its name, and what somebody else has done to it: without
+// that, lines would go on into a file that nobody can read any more.
+func (l *Log) look() (found unix.Stat_t, damage string, err error) {
+	path := l.path(fileCurrent)
+	err = unix.Lstat(path, &found)
+	switch {
+	case err == unix.ENOENT:
+		return found, fmt.Sprintf("%s was removed at line %d", fileCurrent, l.head.Seq), nil
+	case err != nil:
+		return found, "", &os.PathError{Op: "stat", Path: path, Err: err}
+	case found.Dev != l.dev || found.Ino != l.ino:
+		return found, fmt.Sprintf("another file took the place of %s at line %d", fileCurrent, l.head.Seq), nil
+	case found.Size != l.size && !(l.torn && found.Size > l.size):
+		return found, fmt.Sprintf("%s has %d bytes at line %d, and the agent has written %d", fileCurrent, found.Size, l.head.Seq, l.size), nil
+	}
+	return found, "", nil
+}
+
+// prepare makes the file ready for the next line. The chain goes on wherever it was cut,
+// so that [Verify] finds it. A file that is not ours is left alone.
+func (l *Log) prepare() error {
+	found, damage, err := l.look()
+	if err != nil {
+		return err
+	}
+	if l.head.Damage == "" {
+		l.head.Damage = damage
+	}
+	switch {
+	case found.Ino == 0:
+		return l.open(os.O_EXCL)
+	case found.Dev != l.dev || found.Ino != l.ino:
+		return fmt.Errorf("%s is not the file that the agent writes: move it away, and the record goes on in a new one", l.path(fileCurrent))
+	case damage != "":
+		l.size, l.torn = found.Size, false
+	case l.torn:
+		if err := l.file.Truncate(l.size); err != nil {
+			return fmt.Errorf("remove a line that broke off: %w", err)
+		}
+		l.torn = false
+	}
+	return nil
+}
+
+// Head returns the end of the chain, after a look at the file.
 func (l *Log) Head() Head {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if _, damage, _ := l.look(); l.head.Damage == "" && l.file != nil { // if it cannot be seen, writing tells
+		l.head.Damage = damage
+	}
 	return l.head
 }
 

@@ -48,41 +48,52 @@ func (c Caller) String() string {
 
 // accountKey is whom a caller's calls count against.
 type accountKey struct {
-	known  bool
-	uid    uint32
-	group  uint64
-	cgroup string
-	pid    int32
+	known     bool
+	uid       uint32 // 0 for a container
+	container bool
+	group     uint64
+	cgroup    string
+	pid       int32
 }
 
 // account is the user in his control group, as a process that forks stays in it; where
-// no group is known, the process.
+// no group is known, the process. A container is one account, whoever calls from it: its
+// root may become any user. Only its group tells which, as anybody may give a group that
+// he may make the name of another's container.
 func (c *Caller) account() accountKey {
+	a := accountKey{known: c.Known, uid: c.UID, group: c.CgroupID}
 	switch {
 	case !c.Known:
 		return accountKey{}
-	case c.CgroupID != 0:
-		return accountKey{known: true, uid: c.UID, group: c.CgroupID}
-	case c.Cgroup != "":
-		return accountKey{known: true, uid: c.UID, cgroup: c.Cgroup}
+	case c.CgroupID == 0 && c.Cgroup == "":
+		a.pid = c.PID
+		return a
+	case c.CgroupID == 0:
+		a.cgroup = c.Cgroup
 	}
-	return accountKey{known: true, uid: c.UID, pid: c.PID}
+	if c.Container != "" {
+		a.uid, a.container = 0, true
+	}
+	return a
 }
 
-// Account names whom a caller's calls count against: the user in his control group, as a
-// process that forks stays in it; where no group is known, the process.
+// Account names whom a caller's calls count against: the user in his control group, or the
+// container; where no group is known, the process.
 func (c Caller) Account() string {
 	a := c.account()
-	uid := "uid " + strconv.FormatUint(uint64(a.uid), 10)
+	who := "uid " + strconv.FormatUint(uint64(a.uid), 10)
+	if a.container {
+		who = "container"
+	}
 	switch {
 	case !a.known:
 		return "unknown"
 	case a.group != 0:
-		return uid + " cgroup " + strconv.FormatUint(a.group, 10)
+		return who + " cgroup " + strconv.FormatUint(a.group, 10)
 	case a.cgroup != "":
-		return uid + " cgroup " + a.cgroup
+		return who + " cgroup " + a.cgroup
 	}
-	return uid + " pid " + strconv.Itoa(int(a.pid))
+	return who + " pid " + strconv.Itoa(int(a.pid))
 }
 
 // maxGroups bounds the control groups whose paths are remembered.

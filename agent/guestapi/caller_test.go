@@ -212,6 +212,9 @@ func TestAccount(t *testing.T) {
 		"uid 1000 pid 7":     base,
 		"uid 1000 cgroup 12": {PID: 7, UID: 1000, Known: true, CgroupID: 12, Cgroup: "/a"},
 		"uid 1000 cgroup /a": {PID: 7, UID: 1000, Known: true, Cgroup: "/a"},
+		// A container is one caller, and what its id says is not asked.
+		"container cgroup 12":   {PID: 7, UID: 1000, Known: true, CgroupID: 12, Cgroup: "/docker/x", Container: "x"},
+		"container cgroup /d/x": {PID: 7, UID: 1000, Known: true, Cgroup: "/d/x", Container: "x"},
 	} {
 		if got := c.Account(); got != want {
 			t.Errorf("%+v: %q, want %q", c, got, want)

@@ -1,6 +1,6 @@
 // Package guestapi serves the guest API of dstack on Unix sockets: DstackGuest on
 // dstack.sock and the older Tappd on tappd.sock, byte for byte as dstack 0.5.11
-// answers, plus GpuInfo. Worker is what strangers may ask.
+// answers, plus GpuInfo, and Tappd's TdxQuote on dstack.sock too. Worker is what strangers may ask.
 //
 // Applications reach it with dstack's own SDKs, some of which read HTTP by hand, so
 // three habits of the wire are part of the contract: every answer carries

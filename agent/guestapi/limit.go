@@ -21,10 +21,10 @@ type Rate struct {
 	Burst     int     `toml:"burst"`
 }
 
-// Check reports whether the bucket ever lets a call through.
+// Check reports whether the bucket lets a call through in less than two weeks.
 func (r Rate) Check() error {
-	if !(r.PerSecond > 0 && r.PerSecond <= 1e6) || r.Burst < 1 || r.Burst > 1e6 {
-		return fmt.Errorf("per_second is %v and burst %d, want more than 0 and at least 1, and neither more than 1000000", r.PerSecond, r.Burst)
+	if !(r.PerSecond >= 1e-6 && r.PerSecond <= 1e6) || r.Burst < 1 || r.Burst > 1e6 {
+		return fmt.Errorf("per_second is %v and burst %d, want at least 0.000001 and 1, and neither more than 1000000", r.PerSecond, r.Burst)
 	}
 	return nil
 }
@@ -32,8 +32,8 @@ func (r Rate) Check() error {
 // Rates are the buckets that every caller has, by [Class].
 type Rates [classes]Rate
 
-// Limiter counts the calls of every caller, a user in a control group, by class. It may
-// serve several Servers, whose callers then have one account.
+// Limiter counts the calls of every caller, a container or a user in a control group, by
+// class. It may serve several Servers, whose callers then have one account.
 type Limiter struct {
 	rates Rates
 	now   func() time.Time

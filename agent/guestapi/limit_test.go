@@ -70,13 +70,20 @@ func TestLimiterIsBounded(t *testing.T) {
 }
 
 func TestRateCheck(t *testing.T) {
-	for _, r := range []Rate{{}, {PerSecond: 1}, {Burst: 1}, {PerSecond: -1, Burst: 1}, {PerSecond: math.NaN(), Burst: 1}, {PerSecond: math.Inf(1), Burst: 1}, {PerSecond: 1, Burst: -1}, {PerSecond: 1e7, Burst: 1}, {PerSecond: 1, Burst: 2e6}} {
+	for _, r := range []Rate{{}, {PerSecond: 1}, {Burst: 1}, {PerSecond: -1, Burst: 1}, {PerSecond: math.NaN(), Burst: 1}, {PerSecond: math.Inf(1), Burst: 1}, {PerSecond: 1, Burst: -1}, {PerSecond: 1e7, Burst: 1}, {PerSecond: 1e-300, Burst: 1}, {PerSecond: 1, Burst: 2e6}} {
 		if r.Check() == nil {
 			t.Errorf("%+v is legal", r)
 		}
 	}
-	if err := (Rate{PerSecond: 0.01, Burst: 1}).Check(); err != nil {
+	least := Rate{PerSecond: 1e-6, Burst: 1}
+	if err := least.Check(); err != nil {
 		t.Error(err)
+	}
+	l := NewLimiter(equalRates(least))
+	l.Take(Caller{}, ClassKey)
+	var throttled *throttledError
+	if _, err := l.Take(Caller{}, ClassKey); !errors.As(err, &throttled) || throttled.wait < 999999*time.Second {
+		t.Errorf("got %v, want to wait for 11 days", err)
 	}
 }
 

@@ -31,8 +31,11 @@ func methodsOf(surface Surface) map[string]method {
 	switch surface {
 	case Dstack:
 		return map[string]method{
-			"GetQuote":  {class: ClassQuote, run: (*Server).getQuote},
-			"Attest":    {class: ClassQuote, run: (*Server).attest},
+			"GetQuote": {class: ClassQuote, run: (*Server).getQuote},
+			"Attest":   {class: ClassQuote, run: (*Server).attest},
+			// Not dstack's: without it, the grant to quote would give nothing here that
+			// does not take RawReportData as well.
+			"TdxQuote":  {class: ClassQuote, run: (*Server).tdxQuote},
 			"Info":      {class: ClassRead, run: (*Server).info},
 			"EmitEvent": {class: ClassMeasure, run: (*Server).emitEvent},
 			"Version":   {class: ClassRead, run: (*Server).version},

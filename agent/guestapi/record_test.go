@@ -181,7 +181,7 @@ func TestRecordsHoldNoSecrets(t *testing.T) {
 	secrets := [][]byte{secret, sum[:], []byte("PRIVATE KEY")}
 	calls := 0
 	for surface, targets := range map[guestapi.Surface][]string{
-		guestapi.Dstack: {"/GetQuote", "/Attest", "/GetKey", "/GetTlsKey", "/Sign", "/Verify", "/EmitEvent"},
+		guestapi.Dstack: {"/GetQuote", "/Attest", "/TdxQuote", "/GetKey", "/GetTlsKey", "/Sign", "/Verify", "/EmitEvent"},
 		guestapi.Tappd:  {"/prpc/TdxQuote", "/prpc/RawQuote", "/prpc/DeriveKey", "/prpc/DeriveK256Key"},
 	} {
 		cfg := keyConfig(t, surface)

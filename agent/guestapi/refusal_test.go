@@ -12,7 +12,7 @@ import (
 
 // methodsWithArguments are those whose first argument is bytes.
 var methodsWithArguments = map[guestapi.Surface]map[string]string{
-	guestapi.Dstack: {"/GetQuote": "report_data", "/Attest": "report_data", "/EmitEvent": "payload"},
+	guestapi.Dstack: {"/GetQuote": "report_data", "/Attest": "report_data", "/TdxQuote": "report_data", "/EmitEvent": "payload"},
 	guestapi.Tappd:  {"/prpc/TdxQuote": "report_data", "/prpc/RawQuote": "report_data"},
 }
 

@@ -17,7 +17,7 @@ func TestDstackRoutes(t *testing.T) {
 	for target, name := range map[string]string{
 		"/DstackGuest.GetQuote":         "DstackGuest.GetQuote",
 		"/version":                      "version",
-		"/TdxQuote":                     "TdxQuote",
+		"/RawQuote":                     "RawQuote",
 		"/Tappd.Info":                   "Tappd.Info",
 		"/prpc%2FVersion":               "prpc/Version",
 		"/N%c3%a4":                      "N\u00e4",
@@ -77,7 +77,7 @@ func TestAgentWithoutKeys(t *testing.T) {
 func TestGrantsDenyByDefault(t *testing.T) {
 	guest := newTestGuest()
 	requests := map[guestapi.Surface][]string{
-		guestapi.Dstack: {"/GetQuote", "/Attest", "/Info", "/EmitEvent", "/Version", "/GpuInfo", "/GetKey", "/GetTlsKey", "/Sign", "/Verify"},
+		guestapi.Dstack: {"/GetQuote", "/Attest", "/TdxQuote", "/Info", "/EmitEvent", "/Version", "/GpuInfo", "/GetKey", "/GetTlsKey", "/Sign", "/Verify"},
 		guestapi.Tappd:  {"/prpc/TdxQuote", "/prpc/RawQuote", "/prpc/Info", "/prpc/Version", "/prpc/DeriveKey", "/prpc/DeriveK256Key"},
 	}
 	for surface, targets := range requests {
@@ -119,6 +119,8 @@ func TestRawReportDataIsAGrantOfItsOwn(t *testing.T) {
 	dstack := serve(t, cfg)
 	wantError(t, exchange(t, dstack, postJSON("/GetQuote", `{"report_data":"00"}`)), 400, 8, "raw report data")
 	wantError(t, exchange(t, dstack, postJSON("/Attest", `{"report_data":"00"}`)), 400, 8, "raw report data")
+	wantError(t, exchange(t, dstack, postJSON("/TdxQuote", `{"report_data":"00","hash_algorithm":"raw"}`)), 400, 8, "raw report data")
+	decodeQuote(t, exchange(t, dstack, postJSON("/TdxQuote", `{"report_data":"00"}`)))
 	cfg.Surface = guestapi.Tappd
 	tappd := serve(t, cfg)
 	raw := strings.Repeat("00", 64)

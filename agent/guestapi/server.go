@@ -56,7 +56,7 @@ type Config struct {
 
 	MaxConns          int // open connections; default 256
 	MaxConnsPerUID    int // open connections of one user; default 192
-	MaxConnsPerCaller int // open connections of one user in one control group; default 64
+	MaxConnsPerCaller int // open connections of one container, or of one user in one control group; default 64
 }
 
 func (c *Config) setDefaults() {

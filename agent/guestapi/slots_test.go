@@ -35,3 +35,25 @@ func TestSlotsAreShared(t *testing.T) {
 	}
 	take(Caller{}, 10)
 }
+
+// TestRootOfAContainerIsOneCaller: it may become any user, and must not get connections as
+// each of them. Two containers are two callers, though one has the other's name.
+func TestRootOfAContainerIsOneCaller(t *testing.T) {
+	s, l := newSlots(100, 80, 4), NewLimiter(equalRates(Rate{PerSecond: 1e-3, Burst: 4}))
+	for group := range uint64(2) {
+		open, calls := 0, 0
+		for uid := range uint32(50) {
+			c := testCaller(uid, group+1)
+			c.Container = "0123456789abcdef"
+			if _, ok := s.take(c); ok {
+				open++
+			}
+			if _, err := l.Take(c, ClassKey); err == nil {
+				calls++
+			}
+		}
+		if open != 4 || calls != 4 {
+			t.Errorf("container %d has %d connections and %d calls, want 4", group, open, calls)
+		}
+	}
+}

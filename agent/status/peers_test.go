@@ -4,10 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"flag"
-	"net/http/httptest"
 	"os"
-	"regexp"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -84,55 +81,5 @@ func TestPeersSummary(t *testing.T) {
 	}
 	if len(p.Only("0").Processes) != 0 || len(p.Processes[0].Peers) != 2 {
 		t.Error("an unknown ref finds something, or the report was changed")
-	}
-}
-
-// metric is a line of Prometheus' text format.
-var metric = regexp.MustCompile(`^(tdx_agent_[a-z_]+)(\{[a-z]+="(\\.|[^"\\])*"(,[a-z]+="(\\.|[^"\\])*")*\})? [-+0-9.e]+$`)
-
-func TestExposition(t *testing.T) {
-	e := &status.Exposition{}
-	e.Gauge("ready", "Whether it is.", status.Flag(true))
-	c := status.NewCounter("code", "step")
-	c.Inc("ok", "open")
-	c.Inc("busy", "quo\"te\\\nd")
-	c.Inc("ok", "open")
-	e.Counter("handshakes_total", "Counted.", c.Samples()...)
-	var h status.Histogram
-	for _, d := range []time.Duration{time.Millisecond, 10 * time.Millisecond, 39 * time.Millisecond, time.Minute} {
-		h.Observe(d)
-	}
-	e.Histogram("took_seconds", "Measured.", &h)
-	e.Gauge("at_seconds", "Then.", status.Moment(at.Add(500*time.Millisecond)))
-	e.Gauge("never_seconds", "Never.", status.Moment(time.Time{}))
-	w := httptest.NewRecorder()
-	e.ServeHTTP(w, nil)
-	golden(t, "metrics.txt", w.Body.Bytes())
-	if got := w.Header().Get("Content-Type"); got != status.MetricsType {
-		t.Errorf("the type is %q", got)
-	}
-	for line := range strings.Lines(w.Body.String()) {
-		if line = strings.TrimSuffix(line, "\n"); !strings.HasPrefix(line, "# ") && !metric.MatchString(line) {
-			t.Errorf("no metric: %s", line)
-		}
-	}
-}
-
-// TestCounterIsBounded has a label of more values than any label should.
-func TestCounterIsBounded(t *testing.T) {
-	c := status.NewCounter("a", "b")
-	for i := range 10000 {
-		c.Inc("x", strings.Repeat("y", i%1000))
-	}
-	all := c.Samples()
-	sum := 0.0
-	for _, s := range all {
-		sum += s.Value
-	}
-	if len(all) > 257 || sum != 10000 {
-		t.Errorf("%d series of %v counts", len(all), sum)
-	}
-	if !slices.ContainsFunc(all, func(s status.Sample) bool { return s.Labels[1] == "other" && s.Labels[3] == "other" && s.Value > 1000 }) {
-		t.Error("what is too much is not counted as other")
 	}
 }

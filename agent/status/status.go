@@ -111,6 +111,7 @@ type Audit struct {
 	Head    string `json:"head"`              // SHA-256 of the last line
 	Problem string `json:"problem,omitempty"` // why nothing can be written
 	Lost    uint64 `json:"lost,omitempty"`    // lines since the last that could be
+	Damage  string `json:"damage,omitempty"`  // what somebody else did to the file
 }
 
 // Access is what one socket gives.

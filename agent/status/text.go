@@ -1,6 +1,7 @@
 package status
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"slices"
@@ -107,6 +108,21 @@ func (s *Status) writeAudit(b *strings.Builder) {
 	if s.Audit.Problem != "" {
 		fmt.Fprintf(b, "  PROBLEM the audit record cannot be written, so keys are not given; %d lines are lost: %s\n", s.Audit.Lost, s.Audit.Problem)
 	}
+	if s.Audit.Damage != "" {
+		fmt.Fprintf(b, "  PROBLEM somebody else has changed the audit record; log audit says what is left of it: %s\n", s.Audit.Damage)
+	}
+}
+
+// Setting is the value of a setting for people: as JSON, so that [""], every name, is not
+// taken for none, and no value moves the cursor.
+func Setting(value any) string {
+	var b strings.Builder
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(value); err != nil {
+		return fmt.Sprintf("%q", fmt.Sprint(value))
+	}
+	return strings.TrimSuffix(b.String(), "\n")
 }
 
 func (s *Status) writeProblems(b *strings.Builder) {
@@ -116,7 +132,7 @@ func (s *Status) writeProblems(b *strings.Builder) {
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		fmt.Fprintf(b, "  LOOSENED %s = %v (measured as agent-config)\n", name, s.Loosened[name])
+		fmt.Fprintf(b, "  LOOSENED %s = %s (measured as agent-config)\n", name, Setting(s.Loosened[name]))
 	}
 	for _, n := range s.NotReady {
 		fmt.Fprintf(b, "  not ready: %s\n", n)

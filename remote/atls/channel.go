@@ -17,6 +17,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"tdx-agent/measure"
 	"tdx-agent/remote"
 	"tdx-agent/remote/cache"
@@ -61,6 +63,9 @@ type end struct {
 	// logs are those of accepted evidence by agent key: a peer's log is most of its
 	// evidence, and seldom another than the last time.
 	logs *cache.Cache[[32]byte, *knownLog]
+	// reasons bounds the forged quotes that are looked into further, for an operator to
+	// read why: an event log is more work than a signature.
+	reasons *rate.Limiter
 
 	mu      sync.Mutex // guards what follows
 	leaf    *tls.Certificate
@@ -75,7 +80,7 @@ type end struct {
 type kept struct {
 	evidence   *measure.Evidence
 	reportData measure.ReportData
-	result     *remote.Result
+	signed     *remote.Signed
 	rtmr3      measure.Digest
 	verifiedAt time.Time
 }
@@ -102,7 +107,7 @@ func newEnd(cfg Config) (*end, error) {
 	if cfg.Observe == nil {
 		cfg.Observe = func(Handshake) {}
 	}
-	return &end{cfg: cfg, kept: cache.New[[32]byte, *kept](512), logs: cache.New[[32]byte, *knownLog](64), open: map[*Conn]struct{}{}}, nil
+	return &end{cfg: cfg, kept: cache.New[[32]byte, *kept](512), logs: cache.New[[32]byte, *knownLog](64), reasons: rate.NewLimiter(2, 16), open: map[*Conn]struct{}{}}, nil
 }
 
 // leafLife is how long a TLS key is used for new connections.
@@ -263,19 +268,23 @@ func (e *end) verify(ctx context.Context, p *Peer, s *Session, st *Statement, an
 	if channel.KeyMode {
 		return e.verifyKept(ctx, p, st, channel, entries)
 	}
+	signed, err := e.cfg.Verifier.CheckSignatures(st.Evidence.Quote)
+	if err != nil && !e.reasons.Allow() {
+		return &evidenceError{err} // whoever wants to keep us busy gets no more than that
+	}
 	known, _ := e.logs.Get(hash)
 	log, err := st.readLog(known)
 	if err != nil {
 		return err
 	}
 	p.evidence, p.reportData = st.Evidence, ReportData(body)
-	if p.Result, err = e.cfg.Verifier.Appraise(ctx, p.evidence, remote.Expect{ReportData: p.reportData, Entries: entries, Channel: channel}); err != nil {
+	if p.Result, err = e.cfg.Verifier.Appraise(ctx, p.evidence, remote.Expect{ReportData: p.reportData, Entries: entries, Channel: channel, Signed: signed}); err != nil {
 		return err
 	}
 	p.VerifiedAt = e.cfg.Now()
 	e.logs.Add(hash, log)
 	if e.cfg.KeyTTL > 0 {
-		e.kept.Add(hash, &kept{evidence: p.evidence, reportData: p.reportData, result: p.Result, rtmr3: st.RTMR3, verifiedAt: p.VerifiedAt})
+		e.kept.Add(hash, &kept{evidence: p.evidence, reportData: p.reportData, signed: signed, rtmr3: st.RTMR3, verifiedAt: p.VerifiedAt})
 	}
 	return nil
 }
@@ -296,7 +305,7 @@ func (e *end) verifyKept(ctx context.Context, p *Peer, st *Statement, channel *r
 		return &reattestError{"RTMR3 was extended since"}
 	}
 	p.evidence, p.reportData, p.KeyMode, p.VerifiedAt = k.evidence, k.reportData, true, k.verifiedAt
-	p.Result, err = e.cfg.Verifier.Appraise(ctx, k.evidence, remote.Expect{ReportData: k.reportData, Entries: entries, Channel: channel, Again: k.result})
+	p.Result, err = e.cfg.Verifier.Appraise(ctx, k.evidence, remote.Expect{ReportData: k.reportData, Entries: entries, Channel: channel, Signed: k.signed})
 	if rejection, ok := errors.AsType[*remote.Rejection](err); ok {
 		return &reattestError{rejection.Error()}
 	}

@@ -7,7 +7,9 @@ import (
 	"log/slog"
 	"net"
 	"testing"
+	"time"
 
+	"tdx-agent/remote/atls"
 	"tdx-agent/remote/forward"
 )
 
@@ -119,4 +121,55 @@ func BenchmarkForward(b *testing.B) {
 		})
 		benchCopy(b, local.Addr().String(), got)
 	})
+}
+
+// BenchmarkIdleForward keeps sessions that have carried something, and says what each
+// holds: in the forwarder at its one end, the other, and the channel between them.
+func BenchmarkIdleForward(b *testing.B) {
+	const small, large = 100, 40000
+	l := listenTCP(b)
+	b.Cleanup(func() { l.Close() })
+	go func() { // answers, and holds nothing itself
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				request := make([]byte, small)
+				if _, err := io.ReadFull(c, request); err == nil {
+					c.Write(make([]byte, large))
+				}
+				c.Read(request)
+			}()
+		}
+	}()
+	p := newPair(b, `require = "key"`, func(s, c *atls.Config, l *atls.ListenerConfig) { s.KeyTTL, c.KeyTTL = time.Hour, time.Hour })
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- forward.Inbound(ctx, p.listener, slog.New(slog.DiscardHandler), map[string]forward.Service{"echo": {Dial: dialTCP(l.Addr().String())}})
+	}()
+	b.Cleanup(func() { cancel(); <-done })
+	local := listenTCP(b)
+	outbound(b, local, func(ctx context.Context) (net.Conn, error) {
+		return p.dialer.DialContext(ctx, "tcp", p.address, "echo", []string{"server"})
+	})
+	answer := make([]byte, large)
+	before := inUse()
+	for range b.N {
+		c, err := net.Dial("tcp", local.Addr().String())
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer c.Close()
+		c.Write(make([]byte, small))
+		if _, err := io.ReadFull(c, answer); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.StopTimer()
+	time.Sleep(200 * time.Millisecond) // what was carried is over
+	b.ReportMetric(float64(inUse()-before)/1024/float64(b.N), "KiB/both-ends")
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -40,6 +41,7 @@ func strangers(t testing.TB, victim *machine) []stranger {
 	if err != nil {
 		t.Fatal(err)
 	}
+	old.Events, old.VMConfig = nil, strings.Repeat("x", 10000) // as long as with a log, and little work to write
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -127,7 +129,7 @@ func TestStrangersCostNoQuote(t *testing.T) {
 	forged := 0
 	for forged == 0 {
 		for _, f := range p.failures.List() {
-			if f.Code == atls.CodeEvidenceInvalid && f.Checks[0].Name == "signature" {
+			if f.Code == atls.CodeEvidenceInvalid && len(f.Checks) > 0 && f.Checks[0].Name == "signature" {
 				forged++
 			}
 		}

@@ -1,7 +1,6 @@
 package dcap
 
 import (
-	"bytes"
 	"slices"
 	"time"
 
@@ -43,9 +42,6 @@ type Report struct {
 
 	verified *verified
 }
-
-// IsOf reports whether r is about these bytes.
-func (r *Report) IsOf(quote []byte) bool { return bytes.Equal(r.verified.bytes, quote) }
 
 func newReport(q *verified, c *Collateral, v *verdict, stale time.Time, opinion string) *Report {
 	return &Report{

@@ -1,12 +1,11 @@
 package dcap
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/x509"
-	"errors"
-	"fmt"
 	"hash/maphash"
 	"time"
 
@@ -53,22 +52,6 @@ type attestation struct {
 	chain *pckChain
 	key   *ecdsa.PublicKey
 	qe    *QEReport
-}
-
-// chainText is a PCK chain as PEM, which spares decoding it. The chain's identity is
-// its DER: more than one text may have the same.
-type chainText struct {
-	text  string
-	chain *pckChain
-}
-
-// pckChain is a PCK chain whose signatures hold, up to a pinned root.
-type pckChain struct {
-	pck                      *PCK
-	leaf, intermediate, root *x509.Certificate
-	pin                      [32]byte // SHA-256 of root
-	windows                  [3]window
-	key                      *ecdsa.PublicKey
 }
 
 // verdictKey is everything that a verdict depends on.
@@ -204,18 +187,45 @@ func (v *Verifier) report(ctx context.Context, q *verified, c *Collateral, at ti
 	return newReport(q, c, verdict, stale, opinion), nil
 }
 
-// VerifyAgain is Verify of the quote that r is about, by today's collateral and time.
-// Where this Verifier has made r, only the quote's signatures are not checked once more:
-// what they cover has not changed, nor may the caller have changed it.
-func (v *Verifier) VerifyAgain(ctx context.Context, r *Report, c *Collateral, at time.Time) (*Report, error) {
-	if r.verified.by != v || c == nil || c.tcb == nil || at.IsZero() || ctx.Err() != nil {
-		return v.Verify(ctx, r.verified.bytes, c, at)
-	}
-	again, err := v.report(ctx, r.verified, c, at)
+// Signed is a quote whose every signature a [Verifier] has checked, up to a pinned root.
+// Nothing is known of its TCB, nor whether a certificate was revoked.
+type Signed struct{ verified *verified }
+
+// Signed is the quote that r is about.
+func (r *Report) Signed() *Signed { return &Signed{r.verified} }
+
+// IsOf reports whether s is these bytes.
+func (s *Signed) IsOf(quote []byte) bool { return bytes.Equal(s.verified.bytes, quote) }
+
+// Platform says which collateral the quote's platform needs.
+func (s *Signed) Platform() (fmspc [6]byte, ca string) {
+	return s.verified.chain.pck.FMSPC, s.verified.chain.pck.CA
+}
+
+// CheckSignatures checks every signature of a quote. The error is an [*Error].
+func (v *Verifier) CheckSignatures(quote []byte) (*Signed, error) {
+	q, d, err := v.parse(quote)
 	if err != nil {
 		return nil, err
 	}
-	return again, nil
+	a, err := v.attest(q, d, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &Signed{&verified{v, quote, q, a, sha256.Sum256(quote[:len(quote)-len(q.Trailing)])}}, nil
+}
+
+// VerifySigned is Verify of a quote whose signatures this Verifier has checked: they are
+// not checked once more. The caller has not changed its bytes.
+func (v *Verifier) VerifySigned(ctx context.Context, s *Signed, c *Collateral, at time.Time) (*Report, error) {
+	if s.verified.by != v || c == nil || c.tcb == nil || at.IsZero() || ctx.Err() != nil {
+		return v.Verify(ctx, s.verified.bytes, c, at)
+	}
+	r, err := v.report(ctx, s.verified, c, at)
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
 }
 
 func (v *Verifier) parse(quote []byte) (*measure.Quote, *signatureData, *Error) {
@@ -259,130 +269,6 @@ func (v *Verifier) attest(q *measure.Quote, d *signatureData, c *Collateral) (*a
 		v.texts.Add(maphash.Bytes(v.seed, d.chain), &chainText{a.bytes[at:], a.chain})
 	}
 	return a, nil
-}
-
-// chain verifies a PCK chain. The issuer of c's CRL counts as a known intermediate.
-func (v *Verifier) chain(text []byte, c *Collateral) (*pckChain, *Error) {
-	if t, ok := v.texts.Get(maphash.Bytes(v.seed, text)); ok && t.text == string(text) {
-		return t.chain, nil
-	}
-	ders, err := decodePEM(text)
-	if err == nil && len(ders) != 3 {
-		err = fmt.Errorf("chain of %d certificates, want 3", len(ders))
-	}
-	if err != nil {
-		return nil, &Error{Code: "pck_chain_format", Stage: stagePCK, Err: err}
-	}
-	h := sha256.New()
-	for _, der := range ders {
-		sum := sha256.Sum256(der) // so that the lengths count
-		h.Write(sum[:])
-	}
-	id := [32]byte(h.Sum(nil))
-	if known, ok := v.chains.Get(id); ok {
-		return known, nil
-	}
-	chain, err := v.verifyChain(ders, c)
-	if err != nil {
-		if e, ok := errors.AsType[*Error](err); ok {
-			return nil, e
-		}
-		return nil, &Error{Code: "pck_chain", Stage: stagePCK, Err: err}
-	}
-	v.chains.Add(id, chain)
-	return chain, nil
-}
-
-func (v *Verifier) verifyChain(ders [][]byte, c *Collateral) (*pckChain, error) {
-	var known *x509.Certificate
-	if c != nil {
-		known = c.root
-	}
-	root, pin, err := pinnedRoot(ders[2], v.cfg.Roots, known)
-	if err != nil {
-		return nil, err
-	}
-	intermediate, err := v.intermediate(ders[1], root, pin, c)
-	if err != nil {
-		return nil, err
-	}
-	leaf, err := parseCertificate(ders[0])
-	if err != nil {
-		return nil, err
-	}
-	if leaf.Subject.CommonName != namePCK || leaf.IsCA || leaf.KeyUsage != 0 && leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
-		return nil, fmt.Errorf("certificate %q is no PCK certificate", leaf.Subject.CommonName)
-	}
-	if err := checkIssued(leaf, intermediate); err != nil {
-		return nil, err
-	}
-	pck, err := parsePCK(leaf)
-	if err != nil {
-		return nil, &Error{Code: "pck_extension", Stage: stagePCK, Err: err}
-	}
-	if pck.CA, err = caOf(intermediate); err != nil {
-		return nil, err
-	}
-	return &pckChain{
-		pck: pck, leaf: leaf, intermediate: intermediate, root: root, pin: pin, key: leaf.PublicKey.(*ecdsa.PublicKey),
-		windows: [3]window{certificateWindow("pck", leaf), certificateWindow("pck_ca", intermediate), certificateWindow("root", root)},
-	}, nil
-}
-
-// intermediate verifies a CA certificate unless that was done before.
-func (v *Verifier) intermediate(der []byte, root *x509.Certificate, pin [32]byte, c *Collateral) (*x509.Certificate, error) {
-	if c != nil && c.pin == pin && string(c.issuer.Raw) == string(der) {
-		return c.issuer, nil
-	}
-	id := sha256.Sum256(append(append(make([]byte, 0, len(der)+len(pin)), der...), pin[:]...))
-	if known, ok := v.intermediates.Get(id); ok {
-		return known, nil
-	}
-	ca, err := parseCertificate(der)
-	if err != nil {
-		return nil, err
-	}
-	if err := checkIssued(ca, root); err != nil {
-		return nil, err
-	}
-	v.intermediates.Add(id, ca)
-	return ca, nil
-}
-
-// applicable checks that c is about this platform, that everything is valid at this
-// time, and that nothing is revoked.
-func (v *Verifier) applicable(chain *pckChain, c *Collateral, at time.Time) (stale time.Time, err *Error) {
-	if c.pin != chain.pin {
-		return stale, &Error{Code: "collateral_root", Stage: stageCollateral, Got: fmt.Sprintf("collateral below the root %x", c.pin[:8]), Want: fmt.Sprintf("%x, the root of the PCK chain", chain.pin[:8]),
-			Hint: "simulated and real platforms need their own collateral"}
-	}
-	for i := range chain.windows {
-		if err := chain.windows[i].check(stagePCK, at, "check the clock"); err != nil {
-			return stale, err
-		}
-	}
-	if stale, err = c.checkTime(at, v.cfg.StaleGrace); err != nil {
-		return stale, err
-	}
-	if c.rootCRL.revoked.has(chain.intermediate) || c.rootCRL.revoked.has(c.issuer) {
-		return stale, &Error{Code: "pck_ca_revoked", Stage: stagePCK, Got: fmt.Sprintf("serial number %x in the root CRL", chain.intermediate.SerialNumber), Hint: "do not trust this platform"}
-	}
-	if c.ca != chain.pck.CA || checkNames(chain.leaf, c.issuer) != nil {
-		return stale, &Error{Code: "pck_crl_issuer", Stage: stageCollateral, Got: "a PCK CRL of the " + c.ca + " CA", Want: "one of the " + chain.pck.CA + " CA, which issued the PCK certificate",
-			Hint: "fetch collateral for this platform"}
-	}
-	if c.pckCRL.revoked.has(chain.leaf) {
-		return stale, &Error{Code: "pck_revoked", Stage: stagePCK, Got: "serial number " + chain.pck.Serial + " in the PCK CRL", Hint: "do not trust this platform"}
-	}
-	if c.tcb.fmspc != chain.pck.FMSPC {
-		return stale, &Error{Code: "fmspc_mismatch", Stage: stageCollateral, Got: fmt.Sprintf("TCB info of FMSPC %x", c.tcb.fmspc), Want: fmt.Sprintf("%x", chain.pck.FMSPC),
-			Hint: "fetch collateral for this platform"}
-	}
-	if c.tcb.pceID != chain.pck.PCEID {
-		return stale, &Error{Code: "pceid_mismatch", Stage: stageCollateral, Got: fmt.Sprintf("TCB info of PCEID %x", c.tcb.pceID), Want: fmt.Sprintf("%x", chain.pck.PCEID),
-			Hint: "fetch collateral for this platform"}
-	}
-	return stale, nil
 }
 
 func (v *Verifier) judge(q *measure.Quote, a *attestation, c *Collateral) (*verdict, *Error) {

@@ -151,6 +151,7 @@ const terms = "compose_hash = [\"%x\"]\nservice = [\"web\", \"raw\", \"open\"]\n
 // for its compose hash.
 func newPair(t *testing.T, services map[string]forward.Service, client *machine, entry, clientTerms string) *pair {
 	t.Helper()
+	nothingStays(t)
 	server := newMachine(t, "server", true)
 	if clientTerms == "" {
 		clientTerms = fmt.Sprintf(terms, sha256.Sum256([]byte(client.name)))

@@ -21,6 +21,7 @@ import (
 // startEgress serves an Egress with cfg at the socket it returns, until the test's end.
 func startEgress(t *testing.T, cfg forward.EgressConfig) (e *forward.Egress, socket string) {
 	t.Helper()
+	nothingStays(t)
 	dir, err := os.MkdirTemp("", "egress") // a test's own folder has too long a path for a socket
 	if err != nil {
 		t.Fatal(err)

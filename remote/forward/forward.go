@@ -180,7 +180,12 @@ func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
 	for i, way := range [][2]net.Conn{{a, b}, {b, a}} {
 		group.Go(func() {
 			from, to := way[0], way[1]
-			err := moved.copy(i, to, from, idle)
+			var err error
+			if idle == 0 { // one of them is a channel, so the kernel cannot copy
+				err = carry(to, from)
+			} else {
+				err = moved.copy(i, to, from, idle)
+			}
 			isWhole[i].Store(err == nil)
 			if err != nil || !closeWrite(to) {
 				end(to, err == nil)

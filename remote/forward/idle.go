@@ -23,17 +23,15 @@ func newMoved() *moved {
 }
 
 // copy is io.Copy for way i, which it interrupts now and then to see whether anything
-// moves: in between the kernel may copy by itself. With idle 0 it is io.Copy.
+// moves: in between the kernel may copy by itself.
 func (m *moved) copy(i int, to, from net.Conn, idle time.Duration) error {
 	for {
 		start := time.Now()
-		if idle > 0 {
-			from.SetReadDeadline(start.Add(idle / 2))
-			// One write that takes as long as this is stuck, and what it holds is lost.
-			to.SetWriteDeadline(start.Add(idle / 2 * 3))
-		}
+		from.SetReadDeadline(start.Add(idle / 2))
+		// One write that takes as long as this is stuck, and what it holds is lost.
+		to.SetWriteDeadline(start.Add(idle / 2 * 3))
 		n, err := io.Copy(to, from)
-		if idle == 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
 		now := time.Now()

@@ -97,24 +97,18 @@ func appendBin(b, v []byte) []byte {
 	return append(b, v...)
 }
 
-// ParseAppInfo decodes at most 4 KiB, every byte of which must belong to it. Byte
-// strings may be bin or arrays of integers.
+// ParseAppInfo decodes at most 4 KiB, every byte of which must belong to it: an array, or
+// the map that dstack writes since 0.6. Byte strings may be bin or arrays of integers.
 func ParseAppInfo(b []byte) (*AppInfo, error) {
 	if len(b) > maxAppInfo {
 		return nil, fmt.Errorf("application info has %d bytes, want at most %d", len(b), maxAppInfo)
 	}
 	r := &infoReader{b: b}
-	n := r.array()
-	if r.err == nil && n != appInfoMembers && n != appInfoMinMembers {
-		r.fail(fmt.Errorf("%d members, want %d", n, appInfoMembers))
-	}
 	var i AppInfo
-	i.AppID, i.ComposeHash = r.bytes(maxInfoHash), r.bytes(maxInfoHash)
-	i.InstanceID, i.DeviceID = r.bytes(maxInfoHash), r.bytes(maxInfoHash)
-	i.MRSystem, i.MRAggregated = r.hash(), r.hash()
-	i.OSImageHash, i.KeyProviderInfo = r.bytes(maxInfoHash), r.bytes(maxInfoProvider)
-	if n == appInfoMembers {
-		i.InitScriptHashes = r.list()
+	if isMap(b) {
+		r.named(&i)
+	} else {
+		r.positional(&i)
 	}
 	if r.err == nil && len(r.b) > 0 {
 		r.fail(fmt.Errorf("%d bytes follow it", len(r.b)))
@@ -123,6 +117,21 @@ func ParseAppInfo(b []byte) (*AppInfo, error) {
 		return nil, fmt.Errorf("application info: %w", r.err)
 	}
 	return &i, nil
+}
+
+// positional reads an array.
+func (r *infoReader) positional(i *AppInfo) {
+	n := r.array()
+	if r.err == nil && n != appInfoMembers && n != appInfoMinMembers {
+		r.fail(fmt.Errorf("%d members, want %d", n, appInfoMembers))
+	}
+	i.AppID, i.ComposeHash = r.bytes(maxInfoHash), r.bytes(maxInfoHash)
+	i.InstanceID, i.DeviceID = r.bytes(maxInfoHash), r.bytes(maxInfoHash)
+	i.MRSystem, i.MRAggregated = r.hash(), r.hash()
+	i.OSImageHash, i.KeyProviderInfo = r.bytes(maxInfoHash), r.bytes(maxInfoProvider)
+	if n == appInfoMembers {
+		i.InitScriptHashes = r.list()
+	}
 }
 
 var errInfoShort = errors.New("it ends in the middle of a value")

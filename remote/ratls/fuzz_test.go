@@ -49,6 +49,7 @@ func FuzzParse(f *testing.F) {
 // FuzzParseIssuerClaims has the same for the claims.
 func FuzzParseIssuerClaims(f *testing.F) {
 	f.Add(octets("12345678901234567890"), octets("kms:rpc"), octets(string(sampleInfo().Marshal())))
+	f.Add(octets("12345678901234567890"), octets("kms:rpc"), octets("\x89\xa6app_id\xc4\x01\x01\xa3new\x92\xc0\x01"))
 	f.Fuzz(func(t *testing.T, id, usage, info []byte) {
 		c, err := ratls.ParseIssuerClaims(&x509.Certificate{Extensions: []pkix.Extension{
 			{Id: ratls.OIDAppID, Value: id}, {Id: ratls.OIDUsage, Value: usage}, {Id: ratls.OIDAppInfo, Value: info}}})
