@@ -250,3 +250,45 @@ func TestBytes(t *testing.T) {
 		t.Errorf("the peer is %+v", peer)
 	}
 }
+
+// TestUnmeasuredKey takes no key in place of a quote that no event binds to the TD: its
+// holder may be anywhere by now.
+func TestUnmeasuredKey(t *testing.T) {
+	for _, tc := range []struct {
+		name       string
+		isMeasured bool
+		require    string
+		want       []string
+	}{
+		{"measured", true, "key", []string{"quote", "key"}},
+		{"not measured", false, "key", []string{"quote", "quote", "quote"}},
+		{"not measured, where certificates would do", false, "certificate", []string{"quote", "quote"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := &pair{server: newMachine(t, "server", true), client: newMachine(t, "client", tc.isMeasured)}
+			newPairOf(t, p, fmt.Sprintf("require = %q\nrequire_measured_agent_key = false", tc.require), func(s, c *atls.Config, _ *atls.ListenerConfig) {
+				s.KeyTTL, c.KeyTTL = time.Minute, time.Minute
+			})
+			accepted := make(chan string, 8)
+			go func() {
+				for {
+					c, err := p.listener.Accept()
+					if err != nil {
+						return
+					}
+					accepted <- c.(*atls.Conn).Peer().Assurance()
+					c.Close()
+				}
+			}()
+			for i, want := range tc.want {
+				p.mustDial(t)
+				if got := <-accepted; got != want {
+					t.Errorf("channel %d: the client is attested by %s, want %s", i, got, want)
+				}
+			}
+			if failures := p.failures.List(); len(failures) > 0 {
+				t.Errorf("handshakes have failed: %+v", failures)
+			}
+		})
+	}
+}
