@@ -2,6 +2,7 @@ package atls_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -291,4 +292,23 @@ func TestUnmeasuredKey(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestBackOffEndsWithPolicy dials a server again at once that a new policy may accept.
+func TestBackOffEndsWithPolicy(t *testing.T) {
+	var v *remote.Verifier
+	p := newPair(t, "", func(_, c *atls.Config, _ *atls.ListenerConfig) { v = c.Verifier })
+	p.echo(t)
+	accepts := v.Policy()
+	wrong := strings.Replace(p.server.entry("client", "other", ""), `name = "client"`, `name = "server"`, 1)
+	deny(t, v, p.server, "[defaults]\nmax_collateral_age = \"48h\"\n"+wrong)
+	_, err := p.dial()
+	wantCode(t, err, atls.CodePolicyDenied, false)
+	if _, err := p.dial(); !errors.As(err, new(*atls.BackOffError)) {
+		t.Errorf("got %v, want a back-off", err)
+	}
+	if err := v.SetPolicy(accepts, store(t, accepts, p.server)); err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, p.mustDial(t), "hello")
 }
