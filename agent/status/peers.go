@@ -30,8 +30,9 @@ type Peer struct {
 	Address   string `json:"address"`
 	Service   string `json:"service"`
 	// Assurance says how the peer attested on this channel: "quote", "key" (its measured
-	// key signed; the quote is of an earlier channel), "certificate" (RA-TLS, which is weaker: the
-	// quote may be old) or "none": it proved nothing, and no claim is known.
+	// key signed; the quote is of an earlier channel), "certificate" (RA-TLS, which is
+	// weaker: it can be relayed, and its quote may be old) or "none": it proved nothing,
+	// and no claim is known.
 	Assurance string `json:"assurance"`
 	Entry     string `json:"entry"` // of the policy
 	Policy    string `json:"policy"`
