@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -113,7 +114,9 @@ func (d *daemon) attestChannel(r *http.Request) (*channelReply, error) {
 	if err != nil {
 		return nil, withExit(exitUsage, err)
 	}
-	st, err := d.channel.Attest(r.Context(), session, req.Mode == "key")
+	ctx, cancel := context.WithTimeout(r.Context(), atls.AttestTimeout)
+	defer cancel()
+	st, err := d.channel.Attest(ctx, session, req.Mode == "key")
 	if err != nil {
 		return nil, err
 	}
@@ -211,6 +214,10 @@ func (a *channelAttester) Attest(ctx context.Context, s *atls.Session, keyMode b
 	var answer channelReply
 	if err := json.Unmarshal(b, &answer); err != nil {
 		return nil, fmt.Errorf("the agent's answer: %w", err)
+	}
+	// To the peer it would look like an attack.
+	if sum := sha256.Sum256(answer.AgentKey); sum != a.key {
+		return nil, errors.New("the agent has another agent key than when this process started, as after a reboot of a simulated TD: start this process anew")
 	}
 	st := &atls.Statement{AgentKey: answer.AgentKey, RTMR3: answer.RTMR3, Signature: answer.Signature}
 	if keyMode {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -282,51 +281,6 @@ func newStatus(g *globals) *cobra.Command {
 	}
 	jsonFlag(cmd)
 	return cmd
-}
-
-func newWait(g *globals) *cobra.Command {
-	var what string
-	var timeout time.Duration
-	cmd := &cobra.Command{
-		Use:     "wait",
-		Short:   "Wait until the agent is ready",
-		Example: "  tdx-agent wait --for=ready --timeout 1m",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if what != "ready" {
-				return exitf(exitUsage, "--for is %q, want ready", what)
-			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
-			defer cancel()
-			return waitReady(ctx, g)
-		},
-	}
-	cmd.Flags().StringVar(&what, "for", "ready", "what to wait for: ready (log consistent, one quote made)")
-	cmd.Flags().DurationVar(&timeout, "timeout", 90*time.Second, "how long to wait")
-	return cmd
-}
-
-// waitReady asks until the answer is yes. The agent may not have started yet, so
-// there is nothing to subscribe to, and its folder is looked for each time.
-func waitReady(ctx context.Context, g *globals) error {
-	last := errors.New("the agent did not answer")
-	for {
-		dir, err := clientRuntimeDir(g.runtimeDir)
-		if err == nil {
-			_, err = call(ctx, dir.agentSocket(), http.MethodGet, "/readyz", nil)
-		}
-		if err == nil {
-			return nil
-		}
-		if ctx.Err() == nil {
-			last = err
-		}
-		select {
-		case <-ctx.Done():
-			return exitf(exitTimeout, "not ready in time: %v", last)
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
 }
 
 func newConfigCommand(g *globals) *cobra.Command {

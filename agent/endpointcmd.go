@@ -74,12 +74,13 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 			return cfg, nil, err
 		}
 	}
+	f.report = newPeerReport()
 	if isAttested && !f.ratls {
 		attester, err := f.attester(ctx, g)
 		if err != nil {
 			return cfg, nil, err
 		}
-		cfg.Attester, f.isReal = attester, attester.isReal
+		cfg.Attester, f.isReal, f.report.attester = attester, attester.isReal, attester
 	}
 	var certificates *certificateAttester
 	if isAttested && f.ratls {
@@ -91,9 +92,8 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 	if err != nil {
 		return cfg, nil, err
 	}
-	f.report = newPeerReport()
 	cfg.Verifier, cfg.KeyTTL, cfg.Observe = v, f.keyTTL, func(h atls.Handshake) {
-		logHandshake(log, h)
+		f.report.log(log, &h)
 		f.report.observe(h)
 	}
 	reload = f.reloader(v, store, log)
@@ -112,15 +112,6 @@ func (f *channelFlags) attester(ctx context.Context, g *globals) (*channelAttest
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	return newChannelAttester(ctx, dir)
-}
-
-func logHandshake(log *slog.Logger, h atls.Handshake) {
-	args := []any{"remote", h.Remote, "service", h.Service, "ref", h.Ref, "entry", h.Entry, "assurance", h.Assurance, "took", h.Duration.Round(time.Microsecond)}
-	if h.Code == atls.CodeOK {
-		log.Info("channel", args...)
-		return
-	}
-	log.Warn("no channel", append(args, "step", string(h.Step), "code", string(h.Code), "error", h.Err)...)
 }
 
 // endpointFlags are endpoint's own.

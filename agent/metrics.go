@@ -239,8 +239,8 @@ func (r *peerReport) collect(w *snapshotWriter) {
 	for _, c := range r.channels() {
 		open[c.Peer().Assurance()]++
 	}
-	for _, how := range []string{"key", "none", "quote"} {
-		w.gauge("channels_open", "Open channels, by how the peer attested: key is a quote kept from before.", float64(open[how]), "assurance", how)
+	for _, how := range []string{"certificate", "key", "none", "quote"} {
+		w.gauge("channels_open", "Open channels, by how the peer attested: key is a quote kept from before, certificate is RA-TLS.", float64(open[how]), "assurance", how)
 	}
 	w.gauge("policy_generation", "Of the policy in force: each reload adds one.", float64(r.verifier.Generation()))
 	h := r.verifier.Collateral().Health()

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"testing"
 	"time"
 
@@ -68,5 +71,20 @@ func TestChannelMetrics(t *testing.T) {
 	}
 	if n := testutil.ToFloat64(m.appraisals.WithLabelValues("out", "accepted", "")); n != 1 || m.accepted.Load() != 1 || m.refused.Load() != 101 {
 		t.Errorf("%v appraisals, %d and %d handshakes", n, m.accepted.Load(), m.refused.Load())
+	}
+}
+
+// TestFailuresDoNotFloodTheLog has strangers fail as often as they like: what is not
+// logged is counted, and what succeeds is logged all the same.
+func TestFailuresDoNotFloodTheLog(t *testing.T) {
+	var b bytes.Buffer
+	r, log := newPeerReport(), slog.New(slog.NewTextHandler(&b, nil))
+	for range 5000 {
+		r.log(log, &atls.Handshake{Code: atls.CodeTimeout, Step: atls.StepTLS})
+		r.log(log, &atls.Handshake{Code: atls.CodeOK, Step: atls.StepOpen})
+	}
+	failed, opened := strings.Count(b.String(), "no channel"), strings.Count(b.String(), "msg=channel")
+	if failed < 100 || failed > 1000 || opened != 5000 || r.unlogged.Load() == 0 {
+		t.Errorf("%d failures and %d channels in the log, %d not logged", failed, opened, r.unlogged.Load())
 	}
 }

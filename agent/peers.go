@@ -10,9 +10,11 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 
 	"tdx-agent/agent/status"
 	"tdx-agent/measure"
@@ -37,15 +39,36 @@ type peerReport struct {
 	started  time.Time
 	verifier *remote.Verifier
 	channels func() []*atls.Conn
+	attester *channelAttester // nil: we prove nothing ourselves
 
 	failures atls.Failures
 	metrics  *channelMetrics
+	lines    *rate.Limiter // of the log, for handshakes that failed
+	unlogged atomic.Int64
 }
 
 func newPeerReport() *peerReport {
-	r := &peerReport{started: time.Now().UTC()}
+	r := &peerReport{started: time.Now().UTC(), lines: rate.NewLimiter(10, 100)}
 	r.metrics = newChannelMetrics(r)
 	return r
+}
+
+// log writes a line about a handshake. Strangers can have as many fail as they like, so
+// that there is a bound on these; metrics count all of them.
+func (r *peerReport) log(log *slog.Logger, h *atls.Handshake) {
+	args := []any{"remote", h.Remote, "service", h.Service, "ref", h.Ref, "entry", h.Entry, "assurance", h.Assurance, "took", h.Duration.Round(time.Microsecond)}
+	if h.Code == atls.CodeOK {
+		log.Info("channel", args...)
+		return
+	}
+	if !r.lines.Allow() {
+		r.unlogged.Add(1)
+		return
+	}
+	if n := r.unlogged.Swap(0); n > 0 {
+		log.Warn("more handshakes have failed than are logged", "unlogged", n)
+	}
+	log.Warn("no channel", append(args, "step", string(h.Step), "code", string(h.Code), "error", h.Err)...)
 }
 
 // observe counts a handshake and keeps it if it failed.
@@ -134,7 +157,29 @@ func (r *peerReport) handler() http.Handler {
 	})
 	mux.Handle("GET /metrics", r.metrics.handler())
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, req *http.Request) {
+		if err := r.ready(req.Context()); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
 	return mux
+}
+
+// ready says why no peer could be accepted, or accept us. It costs no quote; whether
+// those work, the agent's own readiness says.
+func (r *peerReport) ready(ctx context.Context) error {
+	if h := r.verifier.Collateral().Health(); h.Platforms > 0 && time.Now().After(h.Until) {
+		return fmt.Errorf("collateral has ended at %s and was not renewed", h.Until.UTC().Format(time.RFC3339))
+	}
+	if r.attester == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	_, err := callWith(ctx, r.attester.client, r.attester.socket, http.MethodGet, "/v1/key", nil)
+	return err
 }
 
 // document is the whole report.

@@ -3,8 +3,11 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -46,6 +49,10 @@ runtime directory.`,
 // told and costs the others nothing.
 func readPeers(ctx context.Context, dir runtimeDir, stderr io.Writer) *status.Peers {
 	all := &status.Peers{Schema: status.PeersSchema, Processes: []status.PeerProcess{}}
+	if _, err := os.ReadDir(dir.peers()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		fmt.Fprintf(stderr, "open channels are not shown: %v\n", err)
+		return all
+	}
 	sockets, err := filepath.Glob(dir.peerSocket("*"))
 	if err != nil {
 		fmt.Fprintf(stderr, "%s: %v\n", dir.peers(), err)

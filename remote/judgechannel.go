@@ -55,7 +55,8 @@ func (e *Entry) judgeChannel(s *sheet, c *Claims, x *Expect) {
 	}
 	proof := c.proven(e.Era)
 	var noKey [32]byte
-	e.optional(s, Application, "agent_key", "require_measured_agent_key", e.RequireMeasuredAgentKey, func() bool {
+	// In key mode nothing else says that the key is in the TD, and not somewhere by now.
+	e.optional(s, Application, "agent_key", "require_measured_agent_key", e.RequireMeasuredAgentKey || ch.KeyMode, func() bool {
 		return proof == nil && ch.AgentKey != noKey && subtle.ConstantTimeCompare(c.Identity.AgentKey, ch.AgentKey[:]) == 1
 	}, func() (string, string, string) {
 		if ch.Certificate {

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // start opens the record in dir for the length of the test.
@@ -387,6 +389,15 @@ func TestConcurrentCalls(t *testing.T) {
 	if h := l.Head(); h.Seq != 401 || verified(t, dir).Between(401, h.Hash, 401) != nil {
 		t.Errorf("head is %+v, want line 401", h)
 	}
+}
+
+// TestPipe must not wait for somebody to write into it.
+func TestPipe(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mkfifo(filepath.Join(dir, fileCurrent), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wantBroken(t, dir, "want a regular file")
 }
 
 func TestWhatIsNotARecord(t *testing.T) {

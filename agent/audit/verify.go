@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxFile bounds what is read of a file: its limit can be set higher than the default.
@@ -80,11 +82,10 @@ func (c *Chain) Holds(hash string) error {
 func Verify(dir string) (*Chain, error) {
 	current, older := filepath.Join(dir, fileCurrent), filepath.Join(dir, fileOlder)
 	for range 100 {
-		before, err := os.Stat(current)
+		f, err := openFile(current)
 		if err == nil {
-			c, err := verify(dir)
-			after, statErr := os.Stat(current)
-			if statErr == nil && os.SameFile(before, after) {
+			c, isStill, err := verify(dir, f)
+			if isStill {
 				return c, err
 			}
 		} else if _, olderErr := os.Stat(older); !errors.Is(err, fs.ErrNotExist) || olderErr != nil {
@@ -95,15 +96,31 @@ func Verify(dir string) (*Chain, error) {
 	return nil, &BrokenError{File: current, Reason: fmt.Sprintf("is missing beside %s, or never stays the same", fileOlder)}
 }
 
-func verify(dir string) (*Chain, error) {
+// verify reads both files, and says whether current, which it closes, is the current one
+// still. It stays open till then: the number of a file that is gone is given to the next.
+func verify(dir string, current *os.File) (c *Chain, isStill bool, err error) {
+	defer current.Close()
+	c, err = readChain(dir, current)
+	mine, statErr := current.Stat()
+	if statErr != nil {
+		return c, false, statErr
+	}
+	now, statErr := os.Stat(current.Name())
+	return c, statErr == nil && os.SameFile(mine, now), err
+}
+
+func readChain(dir string, current *os.File) (*Chain, error) {
 	c := &Chain{}
 	older := filepath.Join(dir, fileOlder)
-	err := c.read(older, false)
+	f, err := openFile(older)
 	absent := errors.Is(err, fs.ErrNotExist)
+	if err == nil {
+		err = c.read(f, false)
+		f.Close()
+	}
 	if err != nil && !absent {
 		return c, err
 	}
-	current := filepath.Join(dir, fileCurrent)
 	if err := c.read(current, true); err != nil {
 		return c, err
 	}
@@ -113,14 +130,15 @@ func verify(dir string) (*Chain, error) {
 	return c, nil
 }
 
+// openFile does not wait where a file is a pipe: [Chain.read] refuses it.
+func openFile(path string) (*os.File, error) {
+	return os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+}
+
 // read adds the lines of a file. Only the last one of the current file may have broken
 // off.
-func (c *Chain) read(path string, current bool) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
+func (c *Chain) read(f *os.File, current bool) error {
+	path := f.Name()
 	if st, err := f.Stat(); err != nil {
 		return err
 	} else if !st.Mode().IsRegular() || st.Size() > maxFile {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -302,6 +303,49 @@ func TestTurnedAwayClientSeesWhy(t *testing.T) {
 			t.Errorf("one of a hundred: %v %.80q", err, raw)
 		}
 	}
+}
+
+// busyConn is a connection of a busy machine: what has a deadline of a moment is late.
+type busyConn struct{ *net.UnixConn }
+
+func (c busyConn) SetWriteDeadline(at time.Time) error {
+	err := c.UnixConn.SetWriteDeadline(at)
+	time.Sleep(5 * time.Millisecond)
+	return err
+}
+
+type busyListener struct{ net.Listener }
+
+func (l busyListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return busyConn{c.(*net.UnixConn)}, nil
+}
+
+// TestTurnedAwayByBusyMachine: the answer goes out however late the server gets to it.
+func TestTurnedAwayByBusyMachine(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	inner, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := guestapi.LimitListener(busyListener{inner}, 1, 1)
+	defer l.Close()
+	held := dial(t, path)
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	go l.Accept()
+	refused := dial(t, path)
+	io.WriteString(refused, get("/Version"))
+	if raw, err := io.ReadAll(refused); err != nil || parse(t, string(raw)).status != 429 {
+		t.Errorf("got %v, %q", err, raw)
+	}
+	held.Close()
 }
 
 // awaitSlot connects until it is served: the server frees a slot some time after

@@ -124,7 +124,7 @@ func (l *peerListener) Accept() (net.Conn, error) {
 // Bounds of what is done for connections that are turned away.
 const (
 	maxTurnedAway = 32 // at once; more are closed without waiting for their request
-	awaitRequest  = 100 * time.Millisecond
+	awaitRequest  = time.Second
 	awaitClose    = time.Second
 )
 
@@ -159,8 +159,10 @@ func refuse(conn net.Conn) {
 	const body = "{\n  \"error\": \"too many open connections: close some or try again later\"\n}"
 	const head = "HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\nContent-Length: 73\r\n" +
 		"Retry-After: 1\r\n" + ExitHeader + ": 9\r\nConnection: close\r\n\r\n"
-	conn.SetWriteDeadline(time.Now().Add(time.Millisecond))
-	conn.Write([]byte(head + body))
+	if !control(conn, func(fd int) { unix.Write(fd, []byte(head+body)) }) { // Go's sockets do not block
+		conn.SetWriteDeadline(time.Now().Add(time.Millisecond))
+		conn.Write([]byte(head + body))
+	}
 }
 
 // control runs f on the descriptor of conn, if it has one, and reports whether it did.

@@ -30,8 +30,9 @@ type Peer struct {
 	Address   string `json:"address"`
 	Service   string `json:"service"`
 	// Assurance says how the peer attested on this channel: "quote", "key" (its measured
-	// key signed; the quote is of an earlier channel) or "none": it proved nothing, and
-	// no claim is known.
+	// key signed; the quote is of an earlier channel), "certificate" (RA-TLS, which is
+	// weaker: it can be relayed, and its quote may be old) or "none": it proved nothing,
+	// and no claim is known.
 	Assurance string `json:"assurance"`
 	Entry     string `json:"entry"` // of the policy
 	Policy    string `json:"policy"`
@@ -48,7 +49,7 @@ type Peer struct {
 	AgentKey    string   `json:"agent_key"`
 	QuoteSHA256 string   `json:"quote_sha256"`
 
-	VerifiedAt Time  `json:"verified_at,omitzero"` // when the quote was made for us and accepted
+	VerifiedAt Time  `json:"verified_at,omitzero"` // when the quote was accepted
 	Opened     Time  `json:"opened"`
 	Expires    Time  `json:"expires"`
 	Draining   bool  `json:"draining"` // the session has ended

@@ -48,6 +48,9 @@ func (p *Peer) write(b *strings.Builder) {
 	case p.Simulated:
 		how += ", SIMULATED"
 	}
+	if p.Assurance == "certificate" {
+		how += " (RA-TLS: how old the quote is, nobody knows)"
+	}
 	fmt.Fprintf(b, "  %s %s  service %s  %s", arrow(p.Direction), plain(p.Address), plain(p.Service), how)
 	if p.Entry != "" {
 		fmt.Fprintf(b, "  entry %s", plain(p.Entry))
@@ -60,7 +63,7 @@ func (p *Peer) write(b *strings.Builder) {
 	if p.Assurance == "none" {
 		return
 	}
-	fmt.Fprintf(b, "     quote verified %s; tcb %s, advisories %s\n", stamp(p.VerifiedAt), plain(p.TCBStatus), plain(cmp.Or(strings.Join(p.Advisories, " "), "none")))
+	fmt.Fprintf(b, "     quote accepted %s; tcb %s, advisories %s\n", stamp(p.VerifiedAt), plain(p.TCBStatus), plain(cmp.Or(strings.Join(p.Advisories, " "), "none")))
 	for _, f := range []struct{ name, value string }{{"app-id", p.AppID}, {"instance", p.InstanceID}, {"compose", p.ComposeHash},
 		{"key-provider", p.KeyProvider}, {"image", p.Image}, {"mrtd", p.MRTD}, {"agent-key", p.AgentKey}, {"quote", p.QuoteSHA256}} {
 		if f.value != "" {

@@ -206,7 +206,7 @@ type Peer struct {
 	// Certificate says that the evidence was in the peer's certificate, see [RATLS].
 	Certificate bool
 	AgentKey    [32]byte  // SHA-256 of the SubjectPublicKeyInfo
-	VerifiedAt  time.Time // when its quote was made for us and accepted; zero: never
+	VerifiedAt  time.Time // when its quote was accepted; zero: never
 	Opened      time.Time // when the handshake ended
 	Expires     time.Time
 
@@ -283,7 +283,7 @@ func (e *end) verify(ctx context.Context, p *Peer, s *Session, st *Statement, an
 	}
 	p.VerifiedAt = e.cfg.Now()
 	e.logs.Add(hash, log)
-	if e.cfg.KeyTTL > 0 {
+	if id, err := p.Result.Identity(); e.cfg.KeyTTL > 0 && err == nil && subtle.ConstantTimeCompare(id.AgentKey, hash[:]) == 1 { // key mode is for measured keys
 		e.kept.Add(hash, &kept{evidence: p.evidence, reportData: p.reportData, signed: signed, rtmr3: st.RTMR3, verifiedAt: p.VerifiedAt})
 	}
 	return nil

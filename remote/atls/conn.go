@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"sync"
@@ -29,6 +30,7 @@ type Conn struct {
 	expiry *time.Timer // starts the drain
 
 	read, written atomic.Int64
+	denied        atomic.Bool
 
 	mu      sync.Mutex  // guards what follows
 	cut     *time.Timer // ends the drain
@@ -160,26 +162,47 @@ func (c *Conn) Close() error {
 	return err
 }
 
+// IsDenied reports whether the policy was replaced by one that denies the peer, or knows
+// it as another: nothing more that it asks for should be begun.
+func (c *Conn) IsDenied() bool { return c.denied.Load() }
+
+func (c *Conn) deny() {
+	c.denied.Store(true)
+	c.drainFor(min(c.end.cfg.DeniedDrain, c.end.cfg.Drain))
+}
+
 // reappraise judges the peer anew by the policy of now, and drains the channel if it
-// is no longer accepted: in a moment if it is denied, in Config.Drain if that could not
-// be told.
+// is no longer accepted, or not as who the other end was told: in a moment if it is
+// denied, in Config.Drain if that could not be told.
 func (c *Conn) reappraise(ctx context.Context) error {
 	if c.peer.evidence == nil {
 		if c.end.cfg.Verifier.Policy().AllowsUnattested(c.service) {
 			return nil
 		}
-		c.drainFor(min(c.end.cfg.DeniedDrain, c.end.cfg.Drain))
+		c.deny()
 		return &unsupportedError{"the service takes no unattested clients any more"}
 	}
-	_, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: c.entries, CertificateLife: c.peer.life,
+	r, err := c.end.cfg.Verifier.Appraise(ctx, c.peer.evidence, remote.Expect{ReportData: c.peer.reportData, Entries: c.entries, CertificateLife: c.peer.life,
 		Channel: &remote.Channel{AgentKey: c.peer.AgentKey, Service: c.service, KeyMode: c.peer.KeyMode, Certificate: c.peer.Certificate}})
+	if err == nil && !c.peer.isStill(r) {
+		err = &unsupportedError{fmt.Sprintf("the policy knows the peer by entry %q now, and the channel was opened for %q", r.Entry, c.peer.Entry())}
+		c.deny()
+		return err
+	}
 	switch {
 	case errors.As(err, new(*remote.Rejection)):
-		c.drainFor(min(c.end.cfg.DeniedDrain, c.end.cfg.Drain))
+		c.deny()
 	case err != nil:
 		c.Drain()
 	}
 	return err
+}
+
+// isStill reports whether a later result names the peer as the one that it was accepted
+// by: applications have been told.
+func (p *Peer) isStill(r *remote.Result) bool {
+	sameImage := (r.Image == nil) == (p.Result.Image == nil) && (r.Image == nil || r.Image.Name == p.Result.Image.Name)
+	return r.Entry == p.Result.Entry && sameImage
 }
 
 // channels lists the open ones.

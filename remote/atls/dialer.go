@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"tdx-agent/remote"
 	"tdx-agent/remote/cache"
 )
 
@@ -40,6 +41,7 @@ type targetState struct {
 	until  time.Time
 	length time.Duration
 	last   error
+	policy *remote.Policy // that has refused; nil where the peer did
 }
 
 // NewDialer returns a Dialer. dial makes the connections below TLS; nil is a
@@ -88,7 +90,8 @@ func (d *Dialer) DialContext(ctx context.Context, network, address, service stri
 	case <-ctx.Done():
 		return nil, fmt.Errorf("atls: dial %s: %w", address, ctx.Err())
 	}
-	if err := t.waiting(time.Now()); err != nil {
+	policy := d.end.cfg.Verifier.Policy()
+	if err := t.waiting(time.Now(), policy); err != nil {
 		return nil, err
 	}
 	c, err := d.once(ctx, network, address, service, entries)
@@ -98,7 +101,7 @@ func (d *Dialer) DialContext(ctx context.Context, network, address, service stri
 		}
 	}
 	if failed, ok := errors.AsType[*Error](err); ok && !errors.Is(ctx.Err(), context.Canceled) {
-		t.refused(failed)
+		t.refused(failed, policy)
 	}
 	if err != nil {
 		return nil, err
@@ -118,10 +121,11 @@ func (d *Dialer) target(key target) *targetState {
 	return t
 }
 
-func (t *targetState) waiting(now time.Time) error {
+// waiting says that a back-off is under way. It ends with the policy that it is owed to.
+func (t *targetState) waiting(now time.Time, policy *remote.Policy) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if now.Before(t.until) {
+	if now.Before(t.until) && (t.policy == nil || t.policy == policy) {
 		return &BackOffError{Until: t.until, Last: t.last}
 	}
 	return nil
@@ -129,10 +133,13 @@ func (t *targetState) waiting(now time.Time) error {
 
 // refused starts a back-off, unless the refusal cost no quote. Where it did, a peer that
 // says busy has the next one no sooner than another.
-func (t *targetState) refused(e *Error) {
+func (t *targetState) refused(e *Error, policy *remote.Policy) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.last = e
+	t.last, t.policy = e, nil
+	if errors.As(e.Err, new(*remote.Rejection)) {
+		t.policy = policy
+	}
 	isFree := e.Step == StepTLS || e.Step == StepHello
 	switch {
 	case e.Code == CodeBusy && !e.Remote: // our own quotes are slow: the peer has had none
@@ -153,7 +160,7 @@ func (t *targetState) refused(e *Error) {
 func (t *targetState) accepted() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.until, t.length, t.last = time.Time{}, 0, nil
+	t.until, t.length, t.last, t.policy = time.Time{}, 0, nil, nil
 }
 
 // once makes one handshake.

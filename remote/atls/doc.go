@@ -42,6 +42,21 @@
 // With [RATLS] a Listener or a Dialer speaks to peers that know dstack's certificates
 // only: weaker, and only where a policy entry asks for it in so many words.
 //
+// # What a stranger costs
+//
+// In this order: a place among the handshakes under way, of which an address has few and
+// which silent clients lose to newcomers; a TLS handshake; the frames' form; report data
+// and RTMR3 in the quote, by comparison; the agent key's signature; the signatures of the
+// quote; its event log and the policy. Only then a place among the open channels, and a
+// quote of our own, of which the peers of all channels together get half that the host
+// can make. Who finds no room is told busy, and when to come again.
+//
+// # The life of a channel
+//
+// A session lasts an hour at most ([Config].MaxSession), and may finish what it has begun
+// in another ten minutes. Where a new policy denies the peer, that is ten seconds.
+// [Transport] begins no request on a channel whose session has ended.
+//
 // # What is not covered
 //
 // Evidence is that of the moment of the handshake. A session ends after an hour at

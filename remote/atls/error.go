@@ -61,6 +61,9 @@ func (e *Error) Error() string {
 	text := fmt.Sprintf("atls: %s: %s", e.Step, e.Code)
 	if e.Remote {
 		text = fmt.Sprintf("atls: the peer refused: %s", e.Code)
+		if means := meanings[e.Code]; means != "" {
+			text += ": " + means
+		}
 	}
 	if e.Err != nil {
 		text += ": " + e.Err.Error()
@@ -69,6 +72,16 @@ func (e *Error) Error() string {
 		text += " (ref " + e.Ref + ")"
 	}
 	return text
+}
+
+// meanings are what codes of a peer may come from.
+var meanings = map[Code]string{
+	CodeUnsupported:           "it offers no service of this name, or not to clients that prove nothing, or not this form of the protocol",
+	CodePolicyDenied:          "no entry of its policy accepts us for this service; its log says why",
+	CodeEvidenceInvalid:       "our evidence is not genuine to it; its log says why",
+	CodeBindingMismatch:       "our evidence is not of the connection that it has: somebody may be in between",
+	CodeCollateralUnavailable: "it has no current collateral for this platform",
+	CodeInternal:              "a fault of its own; its log says which",
 }
 
 // Unwrap returns the cause.

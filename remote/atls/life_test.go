@@ -2,6 +2,7 @@ package atls_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -100,6 +101,38 @@ func TestDeniedIsCut(t *testing.T) {
 	c.SetDeadline(time.Now().Add(time.Minute))
 	if _, err := c.Read(make([]byte, 1)); err != io.EOF || time.Since(start) > 30*time.Second {
 		t.Errorf("a denied peer is cut after %v (%v)", time.Since(start), err)
+	}
+}
+
+// TestKnownByAnotherEntry ends the channel of a peer that a new policy accepts, but not as
+// the one that the application behind the channel was told.
+func TestKnownByAnotherEntry(t *testing.T) {
+	for _, tc := range []struct {
+		name, entries string
+		denied        int
+	}{
+		{"the same", "%[1]s%[2]s", 0},
+		{"another first", "%[2]s%[1]s", 1},
+		{"another only", "%[2]s", 1},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var v *remote.Verifier
+			p := &pair{server: newMachine(t, "server", true), client: newMachine(t, "client", true)}
+			first := p.client.entry("client", "echo", "")
+			second := strings.Replace(first, `name = "client"`, `name = "reader"`, 1)
+			newPairOf(t, p, "", func(s, _ *atls.Config, _ *atls.ListenerConfig) {
+				v = verifier(t, first+second, p.client)
+				s.Verifier = v
+			})
+			p.echo(t)
+			p.mustDial(t)
+			p.until(t, 1)
+			server := p.listener.Channels()[0]
+			deny(t, v, p.client, fmt.Sprintf("[defaults]\nmax_collateral_age = \"48h\"\n"+tc.entries, first, second))
+			if n := p.listener.Reappraise(t.Context()); n != tc.denied || server.IsDraining() != (n > 0) || server.IsDenied() != (n > 0) {
+				t.Errorf("%d denied, want %d; draining %v", n, tc.denied, server.IsDraining())
+			}
+		})
 	}
 }
 
@@ -217,4 +250,65 @@ func TestBytes(t *testing.T) {
 	if peer.Role != atls.Server || peer.Assurance() != "quote" || time.Since(peer.VerifiedAt) > time.Minute || peer.Evidence() == nil {
 		t.Errorf("the peer is %+v", peer)
 	}
+}
+
+// TestUnmeasuredKey takes no key in place of a quote that no event binds to the TD: its
+// holder may be anywhere by now.
+func TestUnmeasuredKey(t *testing.T) {
+	for _, tc := range []struct {
+		name       string
+		isMeasured bool
+		require    string
+		want       []string
+	}{
+		{"measured", true, "key", []string{"quote", "key"}},
+		{"not measured", false, "key", []string{"quote", "quote", "quote"}},
+		{"not measured, where certificates would do", false, "certificate", []string{"quote", "quote"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := &pair{server: newMachine(t, "server", true), client: newMachine(t, "client", tc.isMeasured)}
+			newPairOf(t, p, fmt.Sprintf("require = %q\nrequire_measured_agent_key = false", tc.require), func(s, c *atls.Config, _ *atls.ListenerConfig) {
+				s.KeyTTL, c.KeyTTL = time.Minute, time.Minute
+			})
+			accepted := make(chan string, 8)
+			go func() {
+				for {
+					c, err := p.listener.Accept()
+					if err != nil {
+						return
+					}
+					accepted <- c.(*atls.Conn).Peer().Assurance()
+					c.Close()
+				}
+			}()
+			for i, want := range tc.want {
+				p.mustDial(t)
+				if got := <-accepted; got != want {
+					t.Errorf("channel %d: the client is attested by %s, want %s", i, got, want)
+				}
+			}
+			if failures := p.failures.List(); len(failures) > 0 {
+				t.Errorf("handshakes have failed: %+v", failures)
+			}
+		})
+	}
+}
+
+// TestBackOffEndsWithPolicy dials a server again at once that a new policy may accept.
+func TestBackOffEndsWithPolicy(t *testing.T) {
+	var v *remote.Verifier
+	p := newPair(t, "", func(_, c *atls.Config, _ *atls.ListenerConfig) { v = c.Verifier })
+	p.echo(t)
+	accepts := v.Policy()
+	wrong := strings.Replace(p.server.entry("client", "other", ""), `name = "client"`, `name = "server"`, 1)
+	deny(t, v, p.server, "[defaults]\nmax_collateral_age = \"48h\"\n"+wrong)
+	_, err := p.dial()
+	wantCode(t, err, atls.CodePolicyDenied, false)
+	if _, err := p.dial(); !errors.As(err, new(*atls.BackOffError)) {
+		t.Errorf("got %v, want a back-off", err)
+	}
+	if err := v.SetPolicy(accepts, store(t, accepts, p.server)); err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, p.mustDial(t), "hello")
 }

@@ -136,7 +136,7 @@ func (h *handshake) handshakeRATLS(ctx context.Context, raw net.Conn, cfg *tls.C
 		return 0, nil
 	}
 	h.step = StepVerify
-	h.peer.Result, h.peer.Certificate = proven.Result, true
+	h.peer.Result, h.peer.Certificate, h.peer.VerifiedAt = proven.Result, true, proven.Result.At
 	h.peer.evidence, h.peer.reportData, h.peer.life = proven.evidence, proven.reportData, proven.life
 	return max(state.PeerCertificates[0].NotAfter.Sub(h.cfg.Now()), time.Second), nil
 }

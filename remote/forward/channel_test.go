@@ -140,6 +140,9 @@ type pair struct {
 	dialer *atls.Dialer
 	bare   *atls.Dialer // proves nothing
 	addr   string
+
+	listener *atls.Listener
+	verifier *remote.Verifier // the server's
 }
 
 const terms = "compose_hash = [\"%x\"]\nservice = [\"web\", \"raw\", \"open\"]\nallow_unattested_clients = true\n"
@@ -174,7 +177,7 @@ func newPair(t *testing.T, services map[string]forward.Service, client *machine,
 			t.Error(err)
 		}
 	})
-	p := &pair{client: client, addr: inner.Addr().String()}
+	p := &pair{client: client, addr: inner.Addr().String(), listener: l, verifier: lc.Verifier}
 	cfg := client.config(t, server, "server", fmt.Sprintf(terms, sha256.Sum256([]byte("server"))))
 	p.dialer, err = atls.NewDialer(cfg, nil)
 	if err != nil {

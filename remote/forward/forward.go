@@ -7,7 +7,9 @@
 // session is over and its drain too. [Egress] dials for processes without a network.
 //
 // What is cut short does not look like an end to a local TCP peer, which gets a reset:
-// whoever is between two channels' ends can cut them. Unix sockets have no such word.
+// whoever is between two channels' ends can cut them. Unix sockets have no such word: what
+// is cut there reads like an end. Where the protocol above does not say how long a message
+// is, give the service a TCP port on the loopback address.
 package forward
 
 import (

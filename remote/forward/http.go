@@ -62,6 +62,10 @@ func newHTTPServer(ctx context.Context, s *Service, log *slog.Logger) *httpServe
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			c := r.Context().Value(channelKey{}).(*atls.Conn)
 			switch {
+			case c.IsDenied(): // by a policy that is in force since; what was begun before may end
+				w.Header().Set("Connection", "close")
+				http.Error(w, "the policy denies this peer now", http.StatusForbidden)
+				return
 			case r.ProtoMajor != 1: // the server hands HTTP/2's preface over as a request
 				http.Error(w, "want HTTP/1.1", http.StatusHTTPVersionNotSupported)
 				return

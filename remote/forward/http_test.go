@@ -181,6 +181,31 @@ func TestHTTPQuery(t *testing.T) {
 	}
 }
 
+// TestHTTPDenied begins nothing for a peer that a new policy denies.
+func TestHTTPDenied(t *testing.T) {
+	address, requests := recorder(t)
+	client := newMachine(t, "client", true)
+	p := newPair(t, map[string]forward.Service{"web": {Dial: to(address), HTTP: true}}, client, "worker", "")
+	c := p.dial(t, p.dialer, "web")
+	r := bufio.NewReader(c)
+	for _, want := range []int{200, 403} {
+		io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil || resp.StatusCode != want {
+			t.Fatalf("got %v, %v, want %d", resp, err, want)
+		}
+		io.Copy(io.Discard, resp.Body)
+		other := client.config(t, newMachine(t, "another", true), "worker", fmt.Sprintf(terms, sha256.Sum256([]byte("another")))).Verifier
+		if err := p.verifier.SetPolicy(other.Policy(), other.Collateral()); err != nil {
+			t.Fatal(err)
+		}
+		p.listener.Reappraise(t.Context())
+	}
+	if len(requests) != 1 {
+		t.Errorf("the back end has seen %d requests, want 1", len(requests))
+	}
+}
+
 // TestHTTPUpgrade passes a protocol switch on, with who the peer is.
 func TestHTTPUpgrade(t *testing.T) {
 	address, requests := recorder(t)
