@@ -1,0 +1,18 @@
+package main
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// forbidDumps keeps the process's memory, which holds keys, out of core files: a limit of
+// zero does not, where the kernel hands cores to a program (core(5), core_pattern). It
+// also keeps other processes of the same user from reading the memory (prctl(2),
+// PR_SET_DUMPABLE).
+func forbidDumps() error {
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("keep the memory out of core files (PR_SET_DUMPABLE): %w", err)
+	}
+	return nil
+}
