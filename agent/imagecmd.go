@@ -67,11 +67,7 @@ func (f *imageFlags) measurement(cmd *cobra.Command, c *image.VMConfig, modes ..
 		m, err = img.Static(cmd.Context(), modes...)
 		return m, "", err
 	case f.material != "":
-		b, err := readCapped(f.material, 1<<20)
-		if err != nil {
-			return nil, "", err
-		}
-		m, err = image.ParseMaterial(b)
+		m, err = image.ReadMaterial(f.material)
 		return m, "", err
 	case c == nil || c.Material == nil:
 		return nil, "", nil

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 
@@ -57,11 +56,8 @@ func (p *Policy) LoadImages(ctx context.Context) error {
 func loadImage(ctx context.Context, path string) (*calculation, error) {
 	c := &calculation{results: cache.New[string, *image.Result](maxCalculated)}
 	if strings.HasSuffix(path, ".cbor") {
-		b, err := os.ReadFile(path) // the operator's own file; its parser has a cap of 4 KiB
-		if err != nil {
-			return nil, err
-		}
-		c.static, err = image.ParseMaterial(b)
+		m, err := image.ReadMaterial(path)
+		c.static = m
 		return c, err
 	}
 	img, err := image.OpenImage(path)

@@ -6,6 +6,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/fxamacker/cbor/v2"
@@ -58,6 +60,24 @@ func ParseMaterial(b []byte) (*Measurement, error) {
 	m, err := parseMaterial(b)
 	if err != nil {
 		return nil, fmt.Errorf("measurement document: %w", err)
+	}
+	return m, nil
+}
+
+// ReadMaterial is [ParseMaterial] of a regular file.
+func ReadMaterial(path string) (*Measurement, error) {
+	root, err := os.OpenRoot(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	b, err := (&Image{root: root}).read(filepath.Base(path), maxMaterial)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	m, err := ParseMaterial(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return m, nil
 }

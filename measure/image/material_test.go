@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"encoding/hex"
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"tdx-agent/measure/image"
@@ -151,6 +154,23 @@ func TestMaterialRefused(t *testing.T) {
 	}
 	if _, err := m.Material(); err == nil || !strings.Contains(err.Error(), "variable store") {
 		t.Errorf("a variable store that the document cannot express: got %v", err)
+	}
+}
+
+// TestReadMaterial must neither wait for a pipe's writer nor read without end.
+func TestReadMaterial(t *testing.T) {
+	dir := t.TempDir()
+	pipe, large := filepath.Join(dir, "pipe.cbor"), filepath.Join(dir, "large.cbor")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(large, make([]byte, 4097), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{pipe: "want a regular file", "/dev/zero": "want a regular file", large: "want at most 4096"} {
+		if _, err := image.ReadMaterial(path); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", path, err, want)
+		}
 	}
 }
 
