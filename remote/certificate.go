@@ -28,6 +28,7 @@ func (e *CertificateError) Unwrap() error { return e.Err }
 //
 // x is as for [Verifier.Appraise], but for ReportData, which follows from the key, and
 // CertificateLife.
+//
 // Accepted certificates of at most 64 KiB are remembered for five minutes, under the
 // policy that accepts them. The errors are those of Appraise and a [*CertificateError].
 func (v *Verifier) AppraiseCertificate(ctx context.Context, chain []*x509.Certificate, x Expect) (*Result, *ratls.Attested, error) {
@@ -37,7 +38,7 @@ func (v *Verifier) AppraiseCertificate(ctx context.Context, chain []*x509.Certif
 	}
 	generation := v.Generation()
 	key := newLeafKey(chain[0], generation, &x)
-	isKept := x.Compose == nil && x.MRConfig == "" && len(chain[0].Raw) <= maxLeaf
+	isKept := x.Compose == nil && x.MRConfig == "" && x.Offered == nil && len(chain[0].Raw) <= maxLeaf // all else is in the key
 	if known, ok := v.leaves.Get(key); ok && isKept && at.Sub(known.at).Abs() < maxLeafAge && !at.After(chain[0].NotAfter) && !at.Before(chain[0].NotBefore) {
 		return known.result, known.attested, nil
 	}
