@@ -38,11 +38,12 @@ type response struct {
 	allow  string
 	text   string  // of an error, for the log
 	secret bool    // the body holds key material
-	buffer *[]byte // what body was written into, of bodies; nil: it is nobody else's
+	buffer *[]byte // what body was written into, of bodies; nil: of none
 }
 
-// bodies are buffers for answers without key material. An answer is tens of kilobytes,
-// so that making each anew is most of the work of the garbage collector.
+// bodies are buffers for answers, cleared after those with key material. An answer is
+// tens of kilobytes, so that making each anew is most of the work of the garbage
+// collector.
 var bodies = sync.Pool{New: func() any { return new([]byte) }}
 
 // maxKeptBody bounds the buffers that are kept.
@@ -193,11 +194,8 @@ func (s *Server) call(w http.ResponseWriter, r *http.Request, c *call, peer *pee
 		return o.answer(enc)
 	}
 	answer = response{status: http.StatusOK, secret: s.methods[c.method].secret}
-	var b []byte
-	if !answer.secret {
-		answer.buffer = bodies.Get().(*[]byte)
-		b = *answer.buffer
-	}
+	answer.buffer = bodies.Get().(*[]byte)
+	b := *answer.buffer
 	if enc == encodingProtobuf {
 		answer.media, answer.body = mediaProtobuf, reply.appendProto(b)
 	} else {
