@@ -114,24 +114,24 @@ func (r *Renewer) Run(ctx context.Context) error {
 	retry := firstRetry
 	for ctx.Err() == nil {
 		ev, err := r.issue(ctx)
-		wait := retry + r.cfg.Jitter(retry/4)
-		if err == nil {
-			retry, wait = firstRetry, Life*2/3-r.cfg.Jitter(Life/10)
-		} else {
+		if err != nil {
+			wait := retry + r.cfg.Jitter(retry/4)
 			r.cfg.Logger.Warn("no new RA-TLS certificate; the last one stays in use until its end", "error", err, "again_in", wait)
 			retry = min(2*retry, lastRetry)
+			r.wait(ctx, r.cfg.Now().Add(wait), ev)
+			continue
 		}
-		r.wait(ctx, wait, ev)
+		retry = firstRetry
+		r.wait(ctx, r.current.Leaf.NotAfter.Add(-Life/3-r.cfg.Jitter(Life/10)), ev) // only this goroutine writes current
 	}
 	return nil
 }
 
-// wait returns when the next certificate is due: after so long by the clock, which may
-// jump, or once RTMR3 was extended. ev is that of the last one, nil if that could not be
-// made.
-func (r *Renewer) wait(ctx context.Context, due time.Duration, ev *measure.Evidence) {
-	at := r.cfg.Now().Add(due)
-	pause(ctx, min(settle, due))
+// wait returns when the next certificate is due: at a time by the clock, which may jump,
+// or once RTMR3 was extended, and not before a moment has passed. ev is that of the last
+// one, nil if that could not be made.
+func (r *Renewer) wait(ctx context.Context, at time.Time, ev *measure.Evidence) {
+	pause(ctx, settle)
 	for retry := firstRetry; ctx.Err() == nil; {
 		left := at.Sub(r.cfg.Now())
 		if left <= 0 {

@@ -67,7 +67,7 @@ func renewing(t *testing.T, cfg ratls.RenewerConfig, f func(*testing.T, *atteste
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error)
+		done := make(chan error, 1)
 		go func() { done <- r.Run(ctx) }()
 		f(t, a, r)
 		cancel()
