@@ -52,7 +52,7 @@ meet wrong
 policy "$theirs" > /tmp/right.toml
 status "the other refuses this machine that dials it" 5 dial /tmp/right.toml
 cp $out /tmp/said; cat /tmp/said
-check "it says no more than that" has "the peer refused: policy_denied (ref [0-9a-f]*)\$" /tmp/said
+check "it says no more than that" has "the peer refused: policy_denied: no entry of its policy accepts us for this service; its log says why (ref [0-9a-f]*)\$" /tmp/said
 meet refused
 check "and knows that it was MRTD" sh -c "journalctl -q -u $E -o cat --no-pager | grep 'msg=\"no channel\".*code=policy_denied.*mrtd'"
 cat $out | cut -c1-300
