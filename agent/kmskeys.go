@@ -12,7 +12,6 @@ import (
 	"tdx-agent/agent/guestapi"
 	"tdx-agent/agent/keys"
 	"tdx-agent/measure"
-	"tdx-agent/measure/tsm"
 	"tdx-agent/remote"
 	"tdx-agent/remote/collateral"
 	"tdx-agent/remote/dcap"
@@ -103,7 +102,7 @@ func (d *daemon) newKMS(ctx context.Context) (*keys.KMS, error) {
 	if err != nil {
 		return nil, withExit(exitConfig, err)
 	}
-	v, err := remote.NewVerifier(remote.Config{Policy: policy, Collateral: store, RealHardware: tsm.Present(tsm.Paths{})})
+	v, err := remote.NewVerifier(remote.Config{Policy: policy, Collateral: store, RealHardware: !d.backend.simulated})
 	if err != nil {
 		return nil, withExit(exitConfig, err)
 	}

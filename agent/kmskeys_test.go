@@ -276,6 +276,26 @@ func TestKeysOfAnotherKMS(t *testing.T) {
 	}
 }
 
+// TestKMSPolicyOfRealHardware: a real TD takes no simulated one for a KMS, also where its
+// sandbox hides from it that it is real.
+func TestKMSPolicyOfRealHardware(t *testing.T) {
+	dir := runtimeDir(t.TempDir())
+	td, err := tdxsim.Open(dir.td())
+	check(t, err)
+	defer td.Close()
+	cfg := newConfig()
+	cfg.Keys.KMS.URLs = []string{"https://localhost"}
+	var bundle string
+	_, cfg.Keys.KMS.Policy, bundle = simulatedVerifier(t, td)
+	cfg.Keys.KMS.Collateral = []string{bundle}
+	for _, simulated := range []bool{true, false} {
+		d := &daemon{cfg: cfg, dir: dir, files: measure.SampleApp(), backend: &backend{simulated: simulated}, log: slog.New(slog.DiscardHandler)}
+		if _, err := d.newKMS(t.Context()); (err == nil) != simulated || err != nil && exitCode(err) != exitConfig {
+			t.Errorf("backend simulated %t: %v", simulated, err)
+		}
+	}
+}
+
 func TestKMSConfig(t *testing.T) {
 	for name, c := range map[string]struct{ text, want string }{
 		"good":              {"urls = [\"https://kms.example:8000\"]\npolicy = \"/etc/p.toml\"\n", ""},
