@@ -99,13 +99,36 @@ func (k *appKeys) drop() {
 // appKeys returns the application's keys.
 func (d *daemon) appKeys(ctx context.Context) (*keys.App, error) { return d.measuredKeys(ctx, d.keys) }
 
-// measuredKeys loads keys, if RTMR3 speaks of their provider.
+// measuredKeys loads keys, if RTMR3 speaks of their provider. They are this application's
+// and no other's, so they are given on the same terms as quotes: not while something has
+// been measured that nobody can explain.
 func (d *daemon) measuredKeys(ctx context.Context, k *appKeys) (*keys.App, error) {
+	if err := d.explained(ctx); err != nil {
+		return nil, fmt.Errorf("no keys: %w", err)
+	}
 	app, err := k.load(ctx, func(p measure.KeyProvider) error { return d.checkProvider(ctx, p) })
 	if err == nil && !d.cfg.RATLS.LegacyOIDs {
 		app.OmitLegacyOIDs()
 	}
 	return app, err
+}
+
+// explained returns the divergence for which quotes are refused, if there is one.
+func (d *daemon) explained(ctx context.Context) error {
+	regs, err := d.ledger.Check(ctx)
+	if err == nil {
+		err = d.attester.CheckBoot(regs)
+	}
+	if err == nil {
+		return nil
+	}
+	if err := d.report(err); err != nil {
+		return err
+	}
+	if d.cfg.OnForeignExtend == "serve" {
+		return nil
+	}
+	return err
 }
 
 // checkProvider tells whether RTMR3 speaks of this provider.

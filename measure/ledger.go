@@ -129,57 +129,6 @@ func (l *Ledger) Close() error {
 	return l.store.close()
 }
 
-// Snapshot is the log at one moment, when it was seen to explain the register.
-type Snapshot struct {
-	Records  []Record // in order; not to be modified
-	Log      Digest   // what the records replay to
-	Register Digest   // RTMR3 as read; equal to Log unless Unread
-	// Unread says that this kernel offers no way to read RTMR3 without a quote, so
-	// only a quote can show whether the log explains it.
-	Unread bool
-}
-
-// Events returns the records as events, in order. Their payloads are not to be
-// modified.
-func (s *Snapshot) Events() []Event {
-	return appendEvents(make([]Event, 0, len(s.Records)), s.Records)
-}
-
-// At returns the events that explain the RTMR3 value r: the longest prefix of the
-// log that replays to it. ok is false when no prefix does.
-func (s *Snapshot) At(r Digest) (events []Event, ok bool) {
-	records, ok := s.recordsAt(r)
-	return appendEvents(nil, records), ok
-}
-
-func (s *Snapshot) recordsAt(r Digest) (records []Record, ok bool) {
-	for n := len(s.Records); n > 0; n-- {
-		if s.Records[n-1].Next == r {
-			return s.Records[:n], true
-		}
-	}
-	return nil, r.IsZero()
-}
-
-func appendEvents(events []Event, records []Record) []Event {
-	for i := range records {
-		events = append(events, records[i].event())
-	}
-	return events
-}
-
-// Snapshot reads the register, settles the log with it and returns the log. With a
-// [*DivergenceError] the snapshot is returned as well, so that it can be shown.
-func (l *Ledger) Snapshot(ctx context.Context) (Snapshot, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if err := l.lock.acquire(ctx); err != nil {
-		return Snapshot{}, err
-	}
-	defer l.lock.release()
-	return l.settle()
-}
-
 // Record extends RTMR3 with the entry's event and returns its record, or the
 // record that an earlier call with the same Key (or the same once-only event)
 // made. After an error other than a refusal the event may still have been

@@ -232,6 +232,7 @@ func (k *Kernel) openRegisterFiles(dir string) error {
 	if err != nil {
 		return err
 	}
+	k.closers = append(k.closers, f)
 	rtmr3 := filepath.Join(dir, rtmrName(measure.RTMR3))
 	if err := unix.Faccessat(unix.AT_FDCWD, rtmr3, unix.W_OK, unix.AT_EACCESS); err != nil {
 		k.note("this process may not extend RTMR3 (%s: %v): run kernel-setup as root", rtmr3, err)

@@ -3,7 +3,6 @@ package tsm
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -28,7 +27,18 @@ const needsExtend = "Linux 6.16 or later (CONFIG_TSM_MEASUREMENTS), or dstack OS
 // RegisterFiles is the folder of measurement registers in sysfs, Linux 6.16 and
 // later. It implements [measure.RegisterBank] and may be used by many goroutines and
 // processes.
-type RegisterFiles struct{ dir string }
+type RegisterFiles struct {
+	dir    string
+	static measure.Registers // those that never change
+	rtmr   [4]registerFile
+}
+
+// registerFile is a file that stays open: opening it anew takes ten times as long as
+// reading it, and every use of the RTMR3 log reads the registers.
+type registerFile struct {
+	file *os.File
+	conn syscall.RawConn
+}
 
 // OpenRegisterFiles takes the folder (on a TDX guest
 // /sys/devices/virtual/misc/tdx_guest/measurements), which must hold rtmr0:sha384 to
@@ -37,12 +47,65 @@ func OpenRegisterFiles(dir string) (*RegisterFiles, error) {
 	if !isDir(dir) {
 		return nil, &measure.UnsupportedError{What: "reach the registers in " + dir, Needs: "Linux 6.16 or later (CONFIG_TSM_MEASUREMENTS) in a TDX guest"}
 	}
-	for i := range 4 {
-		if _, err := os.Stat(filepath.Join(dir, rtmrName(i))); err != nil {
-			return nil, fmt.Errorf("%s is not a folder of measurement registers: %w", dir, err)
+	f := &RegisterFiles{dir: dir}
+	if err := f.open(); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%s is not a folder of measurement registers: %w", dir, err)
+	}
+	return f, nil
+}
+
+func (f *RegisterFiles) open() error {
+	for _, reg := range []struct {
+		name string
+		to   *measure.Digest
+	}{
+		{"mrtd:sha384", &f.static.MRTD}, {"mrconfigid", &f.static.MRConfigID}, {"mrowner", &f.static.MROwner}, {"mrownerconfig", &f.static.MROwnerConfig},
+	} {
+		r, err := openRegister(filepath.Join(f.dir, reg.name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			err = r.read(reg.to)
+			r.file.Close()
+		}
+		if err != nil {
+			return err
 		}
 	}
-	return &RegisterFiles{dir: dir}, nil
+	for i := range f.rtmr {
+		r, err := openRegister(filepath.Join(f.dir, rtmrName(i)))
+		if err != nil {
+			return err
+		}
+		f.rtmr[i] = r
+	}
+	return nil
+}
+
+// Close closes the files.
+func (f *RegisterFiles) Close() error {
+	var errs []error
+	for _, r := range f.rtmr {
+		if r.file != nil {
+			errs = append(errs, r.file.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func openRegister(path string) (registerFile, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return registerFile{}, err
+	}
+	conn, err := file.SyscallConn()
+	if err != nil {
+		file.Close()
+		return registerFile{}, err
+	}
+	return registerFile{file, conn}, nil
 }
 
 func rtmrName(index int) string { return fmt.Sprintf("rtmr%d:sha384", index) }
@@ -52,40 +115,35 @@ func rtmrName(index int) string { return fmt.Sprintf("rtmr%d:sha384", index) }
 // that never change (MRTD, MRCONFIGID, MROWNER, MROWNERCONFIG) are zero where the
 // folder lacks them, as dstack's simulator does.
 func (f *RegisterFiles) Registers() (measure.Registers, error) {
-	var r measure.Registers
-	for _, reg := range []struct {
-		name string
-		to   *measure.Digest
-	}{
-		{"mrtd:sha384", &r.MRTD}, {"mrconfigid", &r.MRConfigID}, {"mrowner", &r.MROwner}, {"mrownerconfig", &r.MROwnerConfig},
-	} {
-		if err := f.read(reg.name, reg.to); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return measure.Registers{}, err
-		}
-	}
+	r := f.static
 	for i := range r.RTMR {
-		if err := f.read(rtmrName(i), &r.RTMR[i]); err != nil {
+		if err := f.rtmr[i].read(&r.RTMR[i]); err != nil {
 			return measure.Registers{}, err
 		}
 	}
 	return r, nil
 }
 
-func (f *RegisterFiles) read(name string, to *measure.Digest) error {
-	file, err := os.Open(filepath.Join(f.dir, name))
+// read makes one read, at the beginning: the kernel gives the register of that moment.
+func (r registerFile) read(to *measure.Digest) error {
+	var b [len(to) + 1]byte // one more than there should be
+	var n int
+	var readErr error
+	err := r.conn.Control(func(fd uintptr) {
+		for n, readErr = unix.Pread(int(fd), b[:], 0); readErr == unix.EINTR; { // the kernel waits interruptibly
+			n, readErr = unix.Pread(int(fd), b[:], 0)
+		}
+	})
 	if err != nil {
 		return fmt.Errorf("read a register: %w", err)
 	}
-	defer file.Close()
-	b := make([]byte, len(to)+1) // one more than there should be
-	n, err := io.ReadFull(file, b)
-	if err != nil && err != io.ErrUnexpectedEOF && err != io.EOF {
-		return fmt.Errorf("read a register: %w", err)
+	if readErr != nil {
+		return fmt.Errorf("read a register: %w", pathError("read", r.file.Name(), readErr))
 	}
 	if n != len(to) {
-		return fmt.Errorf("register %s has %d bytes or more, want %d", file.Name(), n, len(to))
+		return fmt.Errorf("register %s has %d bytes or more, want %d", r.file.Name(), n, len(to))
 	}
-	copy(to[:], b)
+	copy(to[:], b[:])
 	return nil
 }
 
@@ -113,12 +171,12 @@ func (f *RegisterFiles) Extend(index int, d measure.Digest) error {
 		return fmt.Errorf("extend RTMR%d: another program holds the lock of %s: %w", index, path, err)
 	}
 	var before measure.Digest
-	if err := f.read(rtmrName(index), &before); err != nil {
+	if err := f.rtmr[index].read(&before); err != nil {
 		return fmt.Errorf("extend RTMR%d (nothing was extended): %w", index, err)
 	}
 	err = extendRetrying(before, d,
 		func() (int, error) { return unix.Pwrite(fd, d[:], 0) },
-		func(now *measure.Digest) error { return f.read(rtmrName(index), now) })
+		func(now *measure.Digest) error { return f.rtmr[index].read(now) })
 	if err != nil {
 		return fmt.Errorf("extend RTMR%d: %w", index, pathError("write", path, err))
 	}

@@ -57,6 +57,13 @@ func TestRegisterFilesRead(t *testing.T) {
 	if got := registersOf(t, f); got != want {
 		t.Errorf("got %v, want %v", got, want)
 	}
+	// What moves is read anew each time.
+	if err := os.WriteFile(filepath.Join(f.dir, "rtmr3:sha384"), bytes.Repeat([]byte{9}, 48), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := registersOf(t, f).RTMR[3]; got != filled(9) {
+		t.Errorf("RTMR3 was written, got %s", got)
+	}
 	for _, size := range []int{0, 47, 49, 4096} {
 		os.WriteFile(filepath.Join(f.dir, "rtmr2:sha384"), make([]byte, size), 0o600)
 		if r, err := f.Registers(); err == nil || r != (measure.Registers{}) {
@@ -85,6 +92,13 @@ func TestRegisterFilesExtend(t *testing.T) {
 	}
 	if got := registersOf(t, f).RTMR; got != [4]measure.Digest{filled(5), filled(6), filled(7), filled(0xee)} {
 		t.Errorf("48 bytes at offset 0 of RTMR3 were wanted, got %v", got)
+	}
+	f.Close()
+	if r, err := f.Registers(); err == nil {
+		t.Errorf("after Close: %v", r)
+	}
+	if f, err = OpenRegisterFiles(f.dir); err != nil {
+		t.Fatal(err)
 	}
 	for _, i := range []int{-1, 4} {
 		if err := f.Extend(i, filled(1)); err == nil {

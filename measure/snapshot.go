@@ -1,0 +1,83 @@
+package measure
+
+import (
+	"context"
+	"fmt"
+)
+
+// Snapshot is the log at one moment, when it was seen to explain the register.
+type Snapshot struct {
+	Records  []Record // in order; not to be modified
+	Log      Digest   // what the records replay to
+	Register Digest   // RTMR3 as read; equal to Log unless Unread
+	// Unread says that this kernel offers no way to read RTMR3 without a quote, so
+	// only a quote can show whether the log explains it.
+	Unread bool
+}
+
+// Events returns the records as events, in order. Their payloads are not to be
+// modified.
+func (s *Snapshot) Events() []Event {
+	return appendEvents(make([]Event, 0, len(s.Records)), s.Records)
+}
+
+// At returns the events that explain the RTMR3 value r: the longest prefix of the
+// log that replays to it. ok is false when no prefix does.
+func (s *Snapshot) At(r Digest) (events []Event, ok bool) {
+	records, ok := s.recordsAt(r)
+	return appendEvents(nil, records), ok
+}
+
+func (s *Snapshot) recordsAt(r Digest) (records []Record, ok bool) {
+	for n := len(s.Records); n > 0; n-- {
+		if s.Records[n-1].Next == r {
+			return s.Records[:n], true
+		}
+	}
+	return nil, r.IsZero()
+}
+
+func appendEvents(events []Event, records []Record) []Event {
+	for i := range records {
+		events = append(events, records[i].event())
+	}
+	return events
+}
+
+// Snapshot reads the register, settles the log with it and returns the log. With a
+// [*DivergenceError] the snapshot is returned as well, so that it can be shown.
+func (l *Ledger) Snapshot(ctx context.Context) (Snapshot, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.lock.acquire(ctx); err != nil {
+		return Snapshot{}, err
+	}
+	defer l.lock.release()
+	return l.settle()
+}
+
+// Check tells whether the log explains RTMR3, as [Ledger.Snapshot] does, and returns the
+// registers as read. It is for whoever asks often: where all is well it takes no lock of
+// other processes, since at the moment of the read the records explained the register,
+// whatever others append meanwhile.
+func (l *Ledger) Check(ctx context.Context) (Registers, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	size, sizeErr := l.store.size() // before the register, which moves after the file
+	regs, err := l.cfg.Registers.Registers()
+	if err != nil {
+		return Registers{}, fmt.Errorf("read RTMR3: %w", err)
+	}
+	if sizeErr == nil && size == l.size && l.damage == nil && regs.RTMR[RTMR3] == l.tail() {
+		return regs, nil
+	}
+	if err := l.lock.acquire(ctx); err != nil {
+		return Registers{}, err
+	}
+	defer l.lock.release()
+	if err := l.refresh(true); err != nil { // it may be another file by now
+		return Registers{}, err
+	}
+	_, err = l.settle()
+	return regs, err
+}
