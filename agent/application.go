@@ -12,6 +12,7 @@ import (
 
 	"tdx-agent/agent/guestapi"
 	"tdx-agent/agent/status"
+	"tdx-agent/measure"
 )
 
 // The bounds of what agent.toml may declare. What loosens is measured, and travels
@@ -35,6 +36,8 @@ type ApplicationConfig struct {
 	// KeyPaths and Events are prefixes; the default is the name and a slash.
 	KeyPaths []string `toml:"key_paths,omitempty"`
 	Events   []string `toml:"events,omitempty"`
+	// MaxEvents bounds its part of the log; 0 is defaultMaxEvents.
+	MaxEvents int `toml:"max_events,omitempty"`
 	// Limits replace those of the agent for this socket's callers, class by class. Names
 	// and not fields: what is not there must differ from zeros.
 	Limits map[string]guestapi.Rate `toml:"limits,omitempty"`
@@ -115,6 +118,9 @@ func (a *ApplicationConfig) check() error {
 			return fmt.Errorf(`events: %q has a colon, which RTMR3 does not tell from the one between name and payload: events of other names could be made of these`, p)
 		}
 	}
+	if err := a.checkMaxEvents(); err != nil {
+		return err
+	}
 	return checkNamedLimits(a.Limits)
 }
 
@@ -157,7 +163,7 @@ func checkApplications(all []ApplicationConfig) error {
 			return fmt.Errorf("application %q is declared twice", all[i].Name)
 		}
 	}
-	return nil
+	return checkParts(all)
 }
 
 // loosened adds to m what the application is given beyond reading and hashed quotes,
@@ -178,6 +184,9 @@ func (a *ApplicationConfig) loosened(m map[string]any) {
 	}
 	if len(g.Measure) > 0 {
 		m[at+"events"] = []string(g.Measure)
+		if n := a.maxEvents(); n != defaultMaxEvents {
+			m[at+"max_events"] = n
+		}
 	}
 	if len(m) == before {
 		return
@@ -227,17 +236,18 @@ type guestSocket struct {
 	application string // "" for dstack's own sockets
 	grants      guestapi.Grants
 	callers     []uint32 // nil is everybody
+	part        measure.Part
 	limits      *guestapi.Limiter
 }
 
 // guestSockets are all sockets of the guest API.
 func (d *daemon) guestSockets(listeners map[string]net.Listener) []guestSocket {
-	open, limits := d.cfg.Compat.grants(), d.cfg.Limits.limiter()
-	all := []guestSocket{{name: socketDstack, listener: listeners[socketDstack], surface: guestapi.Dstack, grants: open, limits: limits},
-		{name: socketTappd, listener: listeners[socketTappd], surface: guestapi.Tappd, grants: open, limits: limits}}
+	open, limits, part := d.cfg.Compat.grants(), d.cfg.Limits.limiter(), undeclaredPart(d.cfg.Applications)
+	all := []guestSocket{{name: socketDstack, listener: listeners[socketDstack], surface: guestapi.Dstack, grants: open, part: part, limits: limits},
+		{name: socketTappd, listener: listeners[socketTappd], surface: guestapi.Tappd, grants: open, part: part, limits: limits}}
 	for i := range d.cfg.Applications {
 		a := &d.cfg.Applications[i]
-		s := guestSocket{name: socketOf(a.Name), listener: listeners[socketOf(a.Name)], surface: guestapi.Dstack, application: a.Name, grants: a.grants(), callers: a.callers(), limits: limits}
+		s := guestSocket{name: socketOf(a.Name), listener: listeners[socketOf(a.Name)], surface: guestapi.Dstack, application: a.Name, grants: a.grants(), callers: a.callers(), part: a.part(), limits: limits}
 		if len(a.Limits) > 0 {
 			own := d.cfg.Limits.with(a.Limits)
 			s.limits = own.limiter()
@@ -249,7 +259,7 @@ func (d *daemon) guestSockets(listeners map[string]net.Listener) []guestSocket {
 
 // guestServer makes the server of a socket.
 func (d *daemon) guestServer(s guestSocket) *guestapi.Server {
-	return guestapi.NewServer(guestapi.Config{Surface: s.surface, Grants: s.grants, OnlyUIDs: s.callers, Limits: s.limits, Guest: d, Keys: d.appKeys,
+	return guestapi.NewServer(guestapi.Config{Surface: s.surface, Grants: s.grants, OnlyUIDs: s.callers, Limits: s.limits, Guest: &socketGuest{d, s.part}, Keys: d.appKeys,
 		Audit: func(r guestapi.Record) error { return d.record(s.name, r) }, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait,
 		Observe: func(method string, status int) {
 			d.metrics.called(cmp.Or(s.application, s.surface.String()), method, status)

@@ -42,7 +42,7 @@ func TestExampleApplication(t *testing.T) {
 	if _, err := toml.Decode(text.String(), &shown); err != nil {
 		t.Fatal(err)
 	}
-	full := ApplicationConfig{Name: "a", Grants: []string{"read"}, UIDs: []uint32{1}, KeyPaths: []string{"a/"}, Events: []string{"a/"}, Limits: map[string]guestapi.Rate{"key": {PerSecond: 1, Burst: 1}}}
+	full := ApplicationConfig{Name: "a", Grants: []string{"read"}, UIDs: []uint32{1}, KeyPaths: []string{"a/"}, Events: []string{"a/"}, MaxEvents: 1, Limits: map[string]guestapi.Rate{"key": {PerSecond: 1, Burst: 1}}}
 	var every strings.Builder
 	if err := toml.NewEncoder(&every).Encode(map[string]any{"application": []ApplicationConfig{full}}); err != nil {
 		t.Fatal(err)
@@ -83,6 +83,10 @@ func TestBadApplications(t *testing.T) {
 		{"key_paths without key", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nkey_paths = [\"a/\"]\n", `without the grant "key"`},
 		{"events without measure", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nevents = [\"a/\"]\n", `without the grant "measure"`},
 		{"events with a colon", "[[application]]\nname = \"a\"\nevents = [\"a:\"]\n" + good, "has a colon"},
+		{"max_events without measure", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nmax_events = 1\n", `max_events is given without the grant "measure"`},
+		{"max_events of less than one", "[[application]]\nname = \"a\"\nmax_events = -1\n" + good, "max_events is -1, want 1 to 320"},
+		{"max_events of more than there are", "[[application]]\nname = \"a\"\nmax_events = 321\n" + good, "max_events is 321, want 1 to 320"},
+		{"more events than there is room for", "[[application]]\nname = \"a\"\nmax_events = 257\n" + good + "[[application]]\nname = \"b\"\n" + good, "may record 321 events together, want at most 320"},
 		{"declared twice", "[[application]]\nname = \"a\"\n" + good + "[[application]]\nname = \"a\"\n" + good, "declared twice"},
 		{"unknown key", "[[application]]\nname = \"a\"\nuid = 1\n" + good, `unknown key "application.uid"`},
 		{"limit that lets nothing through", "[limits]\nkey = {per_second = 0.0, burst = 1}\n", "limits.key: per_second is 0"},

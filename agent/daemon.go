@@ -180,12 +180,6 @@ func (d *daemon) Evidence(ctx context.Context, rd measure.ReportData, c guestapi
 	return ev, nil
 }
 
-// Emit implements guestapi.Guest.
-func (d *daemon) Emit(ctx context.Context, name string, payload []byte, c guestapi.Caller) error {
-	_, err := d.emit(ctx, measure.Entry{Name: name, Payload: payload, Caller: fmt.Sprintf("uid %d pid %d", c.UID, c.PID)})
-	return err
-}
-
 // emit records an application's event, which only ever follows the boot step's: an
 // earlier one would stand among the events that verifiers take the identity from.
 func (d *daemon) emit(ctx context.Context, e measure.Entry) (measure.Record, error) {

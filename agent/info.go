@@ -89,7 +89,7 @@ func (d *daemon) status(ctx context.Context) *status.Status {
 	st := &status.Status{
 		Schema: status.Schema, Version: version(), Simulated: d.backend.simulated, Started: d.started,
 		Backend:  status.Backend{Quotes: d.backend.quoteSource, Registers: d.backend.registerSource, CanExtend: d.backend.canExtend},
-		Log:      status.Log{Events: len(s.Records), MaxEvents: measure.DefaultMaxEvents, Verdict: status.Match},
+		Log:      status.Log{Events: len(s.Records), MaxEvents: measure.DefaultMaxEvents, Verdict: status.Match, Parts: d.eventParts(s.Records)},
 		Quotes:   d.attester.Stats(),
 		Loosened: d.cfg.loosened(), Access: d.access, Audit: d.auditStatus(), Notes: slices.Clone(d.backend.notes), NotReady: []string{},
 	}

@@ -55,6 +55,11 @@ type workerGuest struct {
 	answers map[measure.ReportData]*workerAnswer // of rtmr3
 }
 
+// Emit implements guestapi.Guest. Strangers have no grant for it.
+func (*workerGuest) Emit(context.Context, string, []byte, guestapi.Caller) error {
+	return exitf(exitDenied, "strangers record no events")
+}
+
 // workerAnswer is evidence that is being made or was.
 type workerAnswer struct {
 	done    chan struct{} // closed when what follows is there

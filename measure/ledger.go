@@ -81,6 +81,13 @@ type Entry struct {
 	// the answer. Same key, other event: an error.
 	Key    string
 	Caller string // who asked, for the log's reader; not measured
+	Part   *Part  // of the log that the entry takes room of; nil: all that is left
+}
+
+// Part is what an owner may have of the log, in events and in bytes of their JSON form.
+type Part struct {
+	Owner               string
+	MaxEvents, MaxBytes int // at least 1
 }
 
 // OpenLedger opens or creates the log in cfg.Dir and settles it with the register.
@@ -154,7 +161,7 @@ func (l *Ledger) Record(ctx context.Context, e Entry) (Record, error) {
 	if done, err := l.existing(e, event); done != nil || err != nil {
 		return deref(done), err
 	}
-	if err := l.room(event); err != nil {
+	if err := l.room(event, e.Part); err != nil {
 		return Record{}, err
 	}
 	return l.extend(e, event, s.Log)
@@ -201,11 +208,21 @@ func (l *Ledger) existing(e Entry, event Event) (*Record, error) {
 	return nil, nil
 }
 
-func (l *Ledger) room(event Event) error {
+func (l *Ledger) room(event Event, p *Part) error {
+	size := eventSize(event)
+	if p != nil {
+		events, bytes := Used(l.records, p.Owner)
+		if n := events + 1; n > p.MaxEvents {
+			return &FullError{Owner: p.Owner, What: "events", Got: n, Want: p.MaxEvents}
+		}
+		if n := bytes + size; n > p.MaxBytes {
+			return &FullError{Owner: p.Owner, What: "bytes of JSON", Got: n, Want: p.MaxBytes}
+		}
+	}
 	if n := len(l.records) + 1; l.cfg.MaxEvents > 0 && n > l.cfg.MaxEvents {
 		return &FullError{What: "events", Got: n, Want: l.cfg.MaxEvents}
 	}
-	if n := l.bytes + eventSize(event); l.cfg.MaxBytes > 0 && n > l.cfg.MaxBytes {
+	if n := l.bytes + size; l.cfg.MaxBytes > 0 && n > l.cfg.MaxBytes {
 		return &FullError{What: "bytes of JSON", Got: n, Want: l.cfg.MaxBytes}
 	}
 	return nil
@@ -216,6 +233,9 @@ func (l *Ledger) room(event Event) error {
 func (l *Ledger) extend(e Entry, event Event, prev Digest) (Record, error) {
 	r := newRecord(len(l.records)+1, event, prev)
 	r.Time, r.Caller, r.Key = l.cfg.Now().UTC(), e.Caller, e.Key
+	if e.Part != nil {
+		r.Owner = e.Part.Owner
+	}
 	if err := l.append(r); err != nil {
 		return Record{}, fmt.Errorf("write event %q to the RTMR3 log (nothing was extended): %w", e.Name, err)
 	}

@@ -12,13 +12,18 @@ func (e *ConflictError) Error() string {
 	return fmt.Sprintf("event %q is already measured in this boot: %s", e.Name, e.Reason)
 }
 
-// FullError says that an entry would take the log over one of its bounds.
+// FullError says that an entry would take the log, or its owner's part of it, over one of
+// its bounds.
 type FullError struct {
+	Owner     string // "": the log itself is full
 	What      string
 	Got, Want int
 }
 
 func (e *FullError) Error() string {
+	if e.Owner != "" {
+		return fmt.Sprintf("the RTMR3 log has no more room for %s: %d %s, at most %d; the log travels with every quote, and only a reboot empties it", e.Owner, e.Got, e.What, e.Want)
+	}
 	return fmt.Sprintf("the RTMR3 log is full: %d %s, at most %d; the log travels with every quote, and only a reboot empties it", e.Got, e.What, e.Want)
 }
 

@@ -193,7 +193,8 @@ func (l *Ledger) refresh(force bool) error {
 	records, good, damage := parseRecords(b)
 	l.records, l.size, l.damage, l.bytes = records, int64(good), damage, 0
 	for i := range records {
-		l.bytes += eventSize(records[i].event())
+		records[i].size = eventSize(records[i].event())
+		l.bytes += records[i].size
 	}
 	if damage == nil && good < len(b) {
 		// An extend only ever follows a whole record, so a torn one never happened.
@@ -227,8 +228,8 @@ func (l *Ledger) append(r Record) error {
 		return errors.Join(err, l.store.truncate(l.size))
 	}
 	l.size += int64(len(b))
-	l.bytes += eventSize(r.event())
-	r.end, r.payload = l.size, r.event().Payload
+	r.end, r.payload, r.size = l.size, r.event().Payload, eventSize(r.event())
+	l.bytes += r.size
 	l.records = append(l.records, r)
 	return nil
 }
@@ -243,7 +244,7 @@ func (l *Ledger) takeBack() error {
 	if err := l.store.truncate(size); err != nil {
 		return fmt.Errorf("take back event %q, which was not extended: %w", l.records[n].Name, err)
 	}
-	l.bytes -= eventSize(l.records[n].event())
+	l.bytes -= l.records[n].size
 	l.records, l.size = l.records[:n:n], size
 	return nil
 }

@@ -21,9 +21,11 @@ type Record struct {
 	Prev    Digest    `json:"prev"`
 	Next    Digest    `json:"next"`
 	Caller  string    `json:"caller,omitempty"`
-	Key     string    `json:"key,omitempty"` // idempotency key
+	Key     string    `json:"key,omitempty"`   // idempotency key
+	Owner   string    `json:"owner,omitempty"` // whose part of the log it takes
 
 	end     int64  // where its line ends in the file
+	size    int    // of its event in the JSON form of the log
 	payload []byte // Payload decoded, in a record of a Ledger
 }
 

@@ -44,6 +44,17 @@ func appendEvents(events []Event, records []Record) []Event {
 	return events
 }
 
+// Used is what an owner has of the log: events, and bytes of their JSON form. The records
+// are those of a Snapshot.
+func Used(records []Record, owner string) (events, bytes int) {
+	for i := range records {
+		if r := &records[i]; r.Owner == owner {
+			events, bytes = events+1, bytes+r.size
+		}
+	}
+	return events, bytes
+}
+
 // Snapshot reads the register, settles the log with it and returns the log. With a
 // [*DivergenceError] the snapshot is returned as well, so that it can be shown.
 func (l *Ledger) Snapshot(ctx context.Context) (Snapshot, error) {

@@ -100,6 +100,17 @@ type Log struct {
 	Problem   string `json:"problem,omitempty"`
 	Last      string `json:"last,omitempty"` // name of the last event
 	LastTime  Time   `json:"last_time,omitzero"`
+	// Parts are those of who may record events; the rest is the boot step's and the operator's.
+	Parts []EventPart `json:"parts,omitempty"`
+}
+
+// EventPart is what somebody may have of the log, and has of it.
+type EventPart struct {
+	Owner     string `json:"owner"`
+	Events    int    `json:"events"`
+	MaxEvents int    `json:"max_events"`
+	Bytes     int    `json:"bytes"`
+	MaxBytes  int    `json:"max_bytes"`
 }
 
 // Quotes counts quotes.

@@ -101,6 +101,13 @@ func (s *Status) writeLog(b *strings.Builder) {
 	if s.Log.Problem != "" {
 		fmt.Fprintf(b, "  PROBLEM %s\n", s.Log.Problem)
 	}
+	for _, p := range s.Log.Parts {
+		fmt.Fprintf(b, "          %s: %d of at most %d events, %d of %d bytes", p.Owner, p.Events, p.MaxEvents, p.Bytes, p.MaxBytes)
+		if p.Events >= p.MaxEvents {
+			b.WriteString("; FULL until a reboot")
+		}
+		b.WriteByte('\n')
+	}
 }
 
 func (s *Status) writeAudit(b *strings.Builder) {
