@@ -27,7 +27,8 @@ func newCollateralFetch() *cobra.Command {
 		Use:   "fetch",
 		Short: "Fetch the collateral of a platform as one file, for verify --collateral",
 		Example: `  tdx-agent collateral fetch --quote quote.json -o collateral.json
-  tdx-agent collateral fetch --fmspc 90c06f000000 --pccs https://pccs.example.org`,
+  tdx-agent collateral fetch --fmspc 90c06f000000 --pccs https://pccs.example.org
+  tdx-agent collateral fetch --sgx --quote quote.json -o sgx.json    (keys.local.collateral)`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			v, store, err := f.verifier(cmd.Context(), warnings(cmd.ErrOrStderr()))
@@ -53,7 +54,8 @@ func newCollateralFetch() *cobra.Command {
 		},
 	}
 	f.addSources(cmd)
-	cmd.Flags().StringVar(&quote, "quote", "", "file with a quote of the platform")
+	cmd.Flags().BoolVar(&f.enclaves, "sgx", false, "for quotes of SGX enclaves, as the local key provider's, in place of TDs'")
+	cmd.Flags().StringVar(&quote, "quote", "", "file with a quote of a TD on the platform")
 	cmd.Flags().StringVar(&fmspc, "fmspc", "", "FMSPC of the platform, 12 hexadecimal digits, instead of --quote")
 	cmd.Flags().StringVar(&ca, "ca", dcap.CAPlatform, "with --fmspc: the CA of its PCK certificate, platform or processor")
 	cmd.Flags().StringVarP(&out, "output", "o", "", "file to write (default: standard output)")
@@ -103,6 +105,7 @@ type collateralDocument struct {
 
 func newCollateralShow() *cobra.Command {
 	var root string
+	var enclaves bool
 	cmd := &cobra.Command{
 		Use:     "show FILE",
 		Short:   "Check the signatures of a collateral file and show what it is about",
@@ -123,7 +126,11 @@ func newCollateralShow() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			c, err := dcap.ParseCollateral(b, roots)
+			parse := dcap.ParseCollateral
+			if enclaves {
+				parse = dcap.ParseEnclaveCollateral
+			}
+			c, err := parse(b, roots)
 			if err != nil {
 				return withExit(exitEvidence, err)
 			}
@@ -136,6 +143,7 @@ func newCollateralShow() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&root, "root", "", "PEM file of the root certificate to trust instead of Intel's")
+	cmd.Flags().BoolVar(&enclaves, "sgx", false, "the file is for quotes of SGX enclaves")
 	jsonFlag(cmd)
 	return cmd
 }

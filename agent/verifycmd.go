@@ -33,6 +33,7 @@ type verifierFlags struct {
 	staleGrace              time.Duration
 	allowRollback           bool
 	collateral, pccs        []string
+	enclaves                bool     // the collateral is for SGX enclaves' quotes
 	dial                    dialFunc // of collateral; nil: this process's own network
 	isReal                  bool     // our TD is real, though this process may not see it
 }
@@ -154,7 +155,7 @@ func (f *verifierFlags) store(p *remote.Policy, now func() time.Time, log *slog.
 	if err != nil {
 		return nil, withExit(exitConfig, err)
 	}
-	cfg := collateral.Config{Roots: roots, Files: f.collateral, PCCS: f.pccs, Now: now, Logger: log,
+	cfg := collateral.Config{Roots: roots, Enclaves: f.enclaves, Files: f.collateral, PCCS: f.pccs, Now: now, Logger: log,
 		IntelPCS: len(f.collateral) == 0 && len(f.pccs) == 0 && slices.Contains(roots.Pins(), dcap.IntelRoot()),
 		Dial:     f.dial, StaleGrace: f.staleGrace, AllowRollback: f.allowRollback}
 	if (cfg.IntelPCS || len(f.pccs) > 0) && f.at == "" {

@@ -81,7 +81,8 @@ func (p *kmsPeer) temporaryAuthority(ctx context.Context) (*temporaryAuthority, 
 const clientLifetime = 24 * time.Hour
 
 // clientCertificate makes a key, has evidence made for it, and signs its certificate with
-// the temporary authority's key.
+// the temporary authority's key. A KMS up to dstack 0.6.0 takes no other issuer; later ones
+// look at the evidence alone and take any, and still give that key to everybody.
 func (p *kmsPeer) clientCertificate(ctx context.Context) (*tls.Certificate, error) {
 	ca, err := p.temporaryAuthority(ctx)
 	if err != nil {

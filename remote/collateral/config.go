@@ -29,6 +29,10 @@ func isCA(ca string) bool { return ca == dcap.CAPlatform || ca == dcap.CAProcess
 type Config struct {
 	// Roots are what collateral must end in. Required.
 	Roots *dcap.Roots
+	// Enclaves says that the collateral is for quotes of SGX enclaves, which have TCB info
+	// and a quoting enclave of their own ([dcap.ParseEnclaveCollateral]). What Dir then
+	// keeps is in the folder sgx in it.
+	Enclaves bool
 	// Files are bundle files (the JSON of [dcap.Bundle]) and folders with files
 	// *.json: at most 256, of 5 MiB each and 64 MiB together.
 	Files []string
@@ -104,6 +108,14 @@ func (cfg *Config) complete() *Error {
 		return &Error{Code: "config", Got: "a limit below 0", Want: "0 for the default, or more"}
 	}
 	return nil
+}
+
+// parse checks a bundle.
+func (cfg *Config) parse(bundle []byte) (*dcap.Collateral, error) {
+	if cfg.Enclaves {
+		return dcap.ParseEnclaveCollateral(bundle, cfg.Roots)
+	}
+	return dcap.ParseCollateral(bundle, cfg.Roots)
 }
 
 func defaults[T comparable](field *T, value T) {

@@ -6,8 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-
-	"tdx-agent/remote/dcap"
 )
 
 const (
@@ -54,8 +52,8 @@ func bundleFiles(paths []string) ([]string, error) {
 }
 
 // readBundles reads every bundle file. The first that is broken is the error.
-func readBundles(paths []string, roots *dcap.Roots) ([]*Set, error) {
-	names, err := bundleFiles(paths)
+func readBundles(cfg *Config) ([]*Set, error) {
+	names, err := bundleFiles(cfg.Files)
 	if err != nil {
 		return nil, err
 	}
@@ -73,7 +71,7 @@ func readBundles(paths []string, roots *dcap.Roots) ([]*Set, error) {
 	}
 	var sets []*Set
 	for i, name := range names {
-		set, err := parseSet(bundles[i], name, "file ", roots)
+		set, err := parseSet(bundles[i], name, "file ", cfg)
 		if err != nil {
 			return nil, err
 		}
@@ -83,8 +81,8 @@ func readBundles(paths []string, roots *dcap.Roots) ([]*Set, error) {
 }
 
 // parseSet checks a file's bundle. The set's source is named kind and the file's name.
-func parseSet(bundle []byte, name, kind string, roots *dcap.Roots) (*Set, error) {
-	c, err := dcap.ParseCollateral(bundle, roots)
+func parseSet(bundle []byte, name, kind string, cfg *Config) (*Set, error) {
+	c, err := cfg.parse(bundle)
 	if err != nil {
 		return nil, fileError(name, err)
 	}
@@ -99,7 +97,7 @@ func fileError(name string, err error) *Error {
 // replace it; what was read from files that are gone stays until the Store ends. If a
 // file is broken nothing changes, and the error, an [*Error], names it.
 func (s *Store) Reload() error {
-	sets, err := readBundles(s.cfg.Files, s.cfg.Roots)
+	sets, err := readBundles(&s.cfg)
 	if err != nil {
 		return err
 	}
@@ -160,5 +158,5 @@ func (s *Store) readCached(name string) (*Set, error) {
 	if err != nil {
 		return nil, fileError(name, err)
 	}
-	return parseSet(bundle, name, "cache ", s.cfg.Roots)
+	return parseSet(bundle, name, "cache ", &s.cfg)
 }

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"time"
-
-	"tdx-agent/remote/dcap"
 )
 
 const (
@@ -154,7 +152,7 @@ func (s *Store) fetchFrom(ctx context.Context, src *source, p platform) (*Set, e
 	if fault != nil {
 		return nil, fault
 	}
-	c, err := dcap.ParseCollateral(bundle, s.cfg.Roots)
+	c, err := s.cfg.parse(bundle)
 	if err != nil {
 		return nil, &Error{Code: "not_genuine", Err: err, Hint: "do not trust this source"}
 	}

@@ -52,15 +52,19 @@ func newSources(cfg *Config) ([]source, error) {
 
 // parts are the documents of a set, in the order they are asked for: what tells
 // soonest that a source does not know the platform is first.
-func (src *source) parts(p platform, channel string, b *dcap.Bundle) []part {
+func (src *source) parts(p platform, channel string, enclaves bool, b *dcap.Bundle) []part {
 	only, further := "", ""
 	if channel != channelStandard { // standard is every server's default
 		only, further = "?update="+channel, "&update="+channel
 	}
+	of := "/tdx/certification/v4/"
+	if enclaves {
+		of = "/sgx/certification/v4/"
+	}
 	return []part{
-		{src.base + "/tdx/certification/v4/tcb?fmspc=" + hex.EncodeToString(p.fmspc[:]) + further, maxDocumentBody, tcbInfoChains, &b.TCBInfoIssuerChain,
+		{src.base + of + "tcb?fmspc=" + hex.EncodeToString(p.fmspc[:]) + further, maxDocumentBody, tcbInfoChains, &b.TCBInfoIssuerChain,
 			readDocument("tcbInfo", &b.TCBInfo, &b.TCBInfoSignature)},
-		{src.base + "/tdx/certification/v4/qe/identity" + only, maxDocumentBody, qeIdentityChains, &b.QEIdentityIssuerChain,
+		{src.base + of + "qe/identity" + only, maxDocumentBody, qeIdentityChains, &b.QEIdentityIssuerChain,
 			readDocument("enclaveIdentity", &b.QEIdentity, &b.QEIdentitySignature)},
 		{src.base + "/sgx/certification/v4/pckcrl?ca=" + p.ca + "&encoding=der", maxCRLBody, pckCRLChains, &b.PCKCRLIssuerChain, readCRL(&b.PCKCRL)},
 		{src.rootCRL, maxCRLBody, nil, nil, readCRL(&b.RootCACRL)},
@@ -103,7 +107,7 @@ func readCRL(text *string) func([]byte) error {
 // bundle asks src for a set. Nothing in it is checked yet. The error has no Source.
 func (s *Store) bundle(ctx context.Context, src *source, p platform) ([]byte, *Error) {
 	b := new(dcap.Bundle)
-	for _, part := range src.parts(p, s.cfg.UpdateChannel, b) {
+	for _, part := range src.parts(p, s.cfg.UpdateChannel, s.cfg.Enclaves, b) {
 		a, err := s.request(ctx, part.url, part.limit)
 		if err != nil {
 			return nil, err

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -89,7 +90,11 @@ func New(cfg Config) (*Store, error) {
 		refused: make(map[platform]refusal),
 	}
 	if cfg.Dir != "" {
-		if s.state, err = openState(cfg.Dir, cfg.UpdateChannel); err != nil {
+		dir := cfg.Dir
+		if cfg.Enclaves { // the same platform has a floor and a bundle for each
+			dir = filepath.Join(dir, "sgx")
+		}
+		if s.state, err = openState(dir, cfg.UpdateChannel); err != nil {
 			return nil, err
 		}
 	}
@@ -191,7 +196,7 @@ func (s *Store) Offered(bundle []byte) (*Set, error) {
 	if err := s.floor.checkClock(s.cfg.Now()); err != nil {
 		return nil, err
 	}
-	c, err := dcap.ParseCollateral(bundle, s.cfg.Roots)
+	c, err := s.cfg.parse(bundle)
 	if err != nil {
 		return nil, &Error{Code: "not_genuine", Source: "peer", Err: err}
 	}
