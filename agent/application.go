@@ -212,11 +212,17 @@ func tightened(all []ApplicationConfig) []ApplicationConfig {
 	return out
 }
 
-// socketOf is the name of an application's socket, for systemd too.
+// socketOf is the name of an application's socket, for systemd too, and tappdOf that of its
+// second, where old SDKs look (TappdClient).
 func socketOf(application string) string { return "app-" + application }
+func tappdOf(application string) string  { return "tappd-" + application }
 
 func (d runtimeDir) applicationSocket(application string) string {
 	return filepath.Join(d.path("app"), application, "dstack.sock")
+}
+
+func (d runtimeDir) applicationTappd(application string) string {
+	return filepath.Join(d.path("app"), application, "tappd.sock")
 }
 
 // compatGrants are those of dstack.sock and tappd.sock.
@@ -253,6 +259,10 @@ func (d *daemon) guestSockets(listeners map[string]net.Listener) []guestSocket {
 			s.limits = own.limiter()
 		}
 		all = append(all, s)
+		if l := listeners[tappdOf(a.Name)]; l != nil { // a unit of before may pass none
+			s.name, s.listener, s.surface = tappdOf(a.Name), l, guestapi.Tappd
+			all = append(all, s)
+		}
 	}
 	return all
 }

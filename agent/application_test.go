@@ -132,23 +132,29 @@ func TestApplicationSocketsFromSystemd(t *testing.T) {
 	cfg := newConfig()
 	cfg.Applications = []ApplicationConfig{{Name: "web", Grants: []string{"read"}, AllowAnyUID: true}}
 	for want, names := range map[string][]string{
-		"": {"app-web"},
+		"":                {"app-web"},
+		"with its second": {"app-web", "app-web/tappd.sock"},
 		`passed no socket named "app-web"; start the .socket units (of application NAME: tdx-agent-app@NAME.socket)`: {},
 		`passed 1 sockets named "app-other"`: {"app-web", "app-other"},
 		`passed 2 sockets named "app-web"`:   {"app-web", "app-web"},
 	} {
 		passed := map[string][]net.Listener{}
 		for _, name := range append(names, socketDstack, socketTappd, socketAgent, socketAdmin) {
-			l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+			name, base, two := strings.Cut(name, "/")
+			if !two {
+				base = "s"
+			}
+			l, err := net.Listen("unix", filepath.Join(t.TempDir(), base))
 			check(t, err)
 			t.Cleanup(func() { l.Close() })
 			passed[name] = append(passed[name], l)
 		}
 		got, err := takeListeners(passed, cfg)
-		if want == "" && (err != nil || got[socketOf("web")] == nil) {
-			t.Errorf("%v: %v", names, err)
-		}
-		if want != "" && (err == nil || !strings.Contains(err.Error(), want) || exitCode(err) != exitConfig) {
+		if want == "" || want == "with its second" {
+			if err != nil || got[socketOf("web")] == nil || (got[tappdOf("web")] != nil) != (want != "") {
+				t.Errorf("%v: %v, %v", names, err, got)
+			}
+		} else if err == nil || !strings.Contains(err.Error(), want) || exitCode(err) != exitConfig {
 			t.Errorf("%v: %v, want %q", names, err, want)
 		}
 	}

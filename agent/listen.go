@@ -34,7 +34,7 @@ const (
 func socketModes(cfg *Config) map[string]fs.FileMode {
 	modes := map[string]fs.FileMode{socketDstack: 0o666, socketTappd: 0o666, socketAgent: 0o660, socketAdmin: 0o600, socketChannel: 0o660, socketWorker: 0o666}
 	for i := range cfg.Applications {
-		modes[socketOf(cfg.Applications[i].Name)] = 0o666
+		modes[socketOf(cfg.Applications[i].Name)], modes[tappdOf(cfg.Applications[i].Name)] = 0o666, 0o666
 	}
 	return modes
 }
@@ -54,7 +54,7 @@ func listenAll(cfg *Config, dir runtimeDir, given bool) (map[string]net.Listener
 	}
 	for i := range cfg.Applications {
 		name := cfg.Applications[i].Name
-		paths[socketOf(name)] = dir.applicationSocket(name)
+		paths[socketOf(name)], paths[tappdOf(name)] = dir.applicationSocket(name), dir.applicationTappd(name)
 	}
 	switch cfg.Worker.Listen {
 	case "":
@@ -105,16 +105,24 @@ func bindListeners(paths map[string]string, modes map[string]fs.FileMode) (map[s
 func takeListeners(passed map[string][]net.Listener, cfg *Config) (map[string]net.Listener, error) {
 	all := map[string]net.Listener{}
 	modes := socketModes(cfg)
+	optional := []string{socketChannel, socketWorker}
+	for i := range cfg.Applications {
+		name := cfg.Applications[i].Name
+		passed[socketOf(name)], passed[tappdOf(name)] = byPath(passed[socketOf(name)])
+		optional = append(optional, tappdOf(name))
+	}
 	var problems []error
 	for name, ls := range passed {
-		if _, known := modes[name]; !known || len(ls) != 1 {
-			problems = append(problems, fmt.Errorf("systemd passed %d sockets named %q; want one of each of dstack, tappd, agent, admin, app-NAME of every application in agent.toml, and perhaps channel and worker (FileDescriptorName=)", len(ls), name))
+		if _, known := modes[name]; known && len(ls) == 0 {
+			continue // missing, see below
+		} else if !known || len(ls) != 1 {
+			problems = append(problems, fmt.Errorf("systemd passed %d sockets named %q; want one of each of dstack, tappd, agent, admin, app-NAME of every application in agent.toml, which may have its tappd.sock as well, and perhaps channel and worker (FileDescriptorName=)", len(ls), name))
 			continue
 		}
 		all[name] = ls[0]
 	}
 	for name := range modes {
-		if _, ok := passed[name]; !ok && name != socketChannel && name != socketWorker {
+		if len(passed[name]) == 0 && !slices.Contains(optional, name) {
 			problems = append(problems, fmt.Errorf("systemd passed no socket named %q; start the .socket units (of application NAME: tdx-agent-app@NAME.socket)", name))
 		}
 	}
@@ -131,6 +139,18 @@ func takeListeners(passed map[string][]net.Listener, cfg *Config) (map[string]ne
 		return nil, withExit(exitConfig, errors.Join(problems...))
 	}
 	return all, nil
+}
+
+// byPath tells the sockets of an application apart, which one unit passes under one name.
+func byPath(ls []net.Listener) (dstack, tappd []net.Listener) {
+	for _, l := range ls {
+		if filepath.Base(l.Addr().String()) == "tappd.sock" {
+			tappd = append(tappd, l)
+		} else {
+			dstack = append(dstack, l)
+		}
+	}
+	return dstack, tappd
 }
 
 // listenUnix binds a socket in the place of one that a dead process left behind. The

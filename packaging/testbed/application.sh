@@ -71,6 +71,13 @@ for line in 'app-web *ok *GetQuote .*uid 0 gid 0 pid [0-9]* cgroup /system.slice
   'app-web *denied *GetQuote .*uid 1 gid 1 .*cgroup /system.slice/caller.service$' 'dstack *ok *GetQuote .*uid 1 ' 'chain intact: line 4'; do
   check "the audit record has $line" has "$line"
 done
+check "the second socket is open, and root's" [ "$(stat -c '%a %U' $W/tappd.sock)" = "666 root" ]
+if command -v curl > /dev/null; then
+  curl -s --max-time 20 --unix-socket $W/tappd.sock 'http://localhost/prpc/Tappd.TdxQuote?report_data=00' > /run/t/text 2>&1
+  check "it speaks Tappd" has '"hash_algorithm":"sha512"'
+  curl -s --max-time 20 --unix-socket $W/dstack.sock 'http://localhost/GetQuote?report_data=00' > /run/t/text 2>&1
+  check "the first does not" has '"vm_config"'
+fi
 systemctl exit $bad
 I
 chmod 755 "$T/caller"
