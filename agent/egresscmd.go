@@ -136,7 +136,7 @@ func listenEgress(runtimeDir string) (net.Listener, error) {
 	if l, err := passedListener(socketEgress); l != nil || err != nil {
 		return l, err
 	}
-	dir, err := clientRuntimeDir(runtimeDir)
+	dir, err := bindingRuntimeDir(runtimeDir)
 	if err != nil {
 		return nil, err
 	}

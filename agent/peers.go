@@ -114,7 +114,7 @@ func listenPeers(g *globals, name, given string) (net.Listener, error) {
 	if given != "" {
 		return listenUnix(given, 0o660)
 	}
-	dir, err := clientRuntimeDir(g.runtimeDir)
+	dir, err := bindingRuntimeDir(g.runtimeDir)
 	if err != nil {
 		return nil, err
 	}

@@ -63,10 +63,22 @@ func serverRuntimeDir(given string, simulate bool) (runtimeDir, error) {
 			return "", err
 		}
 	}
+	if err := checkTrustedPath(string(dir)); err != nil {
+		return "", err
+	}
 	if err := os.MkdirAll(dir.log(), 0o700); err != nil {
 		return "", fmt.Errorf("log directory: %w", err)
 	}
 	return dir, ownPrivate(dir.log())
+}
+
+// bindingRuntimeDir is clientRuntimeDir for a process that binds a socket there.
+func bindingRuntimeDir(given string) (runtimeDir, error) {
+	dir, err := clientRuntimeDir(given)
+	if err != nil {
+		return "", err
+	}
+	return dir, checkTrustedPath(string(dir))
 }
 
 // clientRuntimeDir finds a running agent: the folder given, the system's agent, or
