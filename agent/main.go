@@ -87,8 +87,8 @@ reachable, 5 refused by policy, 6 evidence invalid, 7 log and register diverge,
 	root.PersistentFlags().StringVar(&g.config, "config", "", "configuration file (default "+defaultConfig+", if it exists)")
 	root.PersistentFlags().StringVar(&g.runtimeDir, "runtime-dir", "", "folder of sockets and log (default "+defaultRuntime+")")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return withExit(exitUsage, err) })
-	root.AddCommand(newServe(g), newMeasure(g), newKernelSetup(g), newEmit(g), newQuote(g), newLog(g), newStatus(g), newPeers(g), newWait(g), newConfigCommand(g),
-		newImage(), newVerify(), newPolicy(), newCollateral(), newEndpoint(g), newEgress(g), newConnect(g), newFetch(g), newGetCert(g), newDemo(), newVersion())
+	root.AddCommand(holdsKeys(newServe(g)), holdsKeys(newMeasure(g)), newKernelSetup(g), newEmit(g), newQuote(g), newLog(g), newStatus(g), newPeers(g), newWait(g), newConfigCommand(g),
+		newImage(), newVerify(), newPolicy(), newCollateral(), holdsKeys(newEndpoint(g)), newEgress(g), holdsKeys(newConnect(g)), holdsKeys(newFetch(g)), holdsKeys(newGetCert(g)), newDemo(), newVersion())
 	root.InitDefaultCompletionCmd() // now, so that it gets the usage status as well
 	for _, c := range root.Commands() {
 		if c.HasSubCommands() && !c.Runnable() {

@@ -34,9 +34,6 @@ type serveOptions struct {
 func serve(ctx context.Context, o serveOptions, stderr io.Writer) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGHUP)
 	defer stop()
-	if err := forbidDumps(); err != nil {
-		return err
-	}
 	cfg, err := loadConfig(o.config)
 	if err != nil {
 		return err
