@@ -31,7 +31,7 @@ type authority struct {
 
 	turn chan struct{} // holds one token; who has it may look at and set what follows
 	cert *x509.Certificate
-	pem  string
+	text Certificate // cert, written out
 }
 
 // newAuthority returns the authority of key. cert is its certificate, or nil if it is
@@ -46,33 +46,34 @@ func newAuthority(key *ecdsa.PrivateKey, cert *x509.Certificate) *authority {
 }
 
 func (c *authority) set(cert *x509.Certificate) {
-	c.cert, c.pem = cert, certificatePEM(cert.Raw)
+	c.cert, c.text = cert, Certificate{der: cert.Raw}
+	c.text.json = string(c.text.AppendJSON(nil))
 }
 
 // certificate returns the authority's certificate, and makes it when it is first
 // asked for: it carries evidence, and the host may not have been able to give any
 // when the agent started.
-func (c *authority) certificate(ctx context.Context, now time.Time, attest Attest, omitLegacy bool) (*x509.Certificate, string, error) {
+func (c *authority) certificate(ctx context.Context, now time.Time, attest Attest, omitLegacy bool) (*x509.Certificate, Certificate, error) {
 	select {
 	case <-c.turn:
 	case <-ctx.Done():
-		return nil, "", fmt.Errorf("certificate of the application's authority: %w", ctx.Err())
+		return nil, Certificate{}, fmt.Errorf("certificate of the application's authority: %w", ctx.Err())
 	}
 	defer func() { c.turn <- struct{}{} }()
 	if c.cert != nil {
-		return c.cert, c.pem, nil
+		return c.cert, c.text, nil
 	}
 	cert, err := c.selfSign(ctx, now, attest, omitLegacy)
 	if err != nil {
-		return nil, "", fmt.Errorf("certificate of the application's authority: %w", err)
+		return nil, Certificate{}, fmt.Errorf("certificate of the application's authority: %w", err)
 	}
 	c.set(cert)
-	return c.cert, c.pem, nil
+	return c.cert, c.text, nil
 }
 
-// certify signs a certificate: PEM, the leaf first, then the authority's.
-func (c *authority) certify(ctx context.Context, key *ecdsa.PrivateKey, r *CertificateRequest, attest Attest, omitLegacy bool) ([]string, error) {
-	parent, parentPEM, err := c.certificate(ctx, r.now(), attest, omitLegacy)
+// certify signs a certificate: it comes first, then the authority's.
+func (c *authority) certify(ctx context.Context, key *ecdsa.PrivateKey, r *CertificateRequest, attest Attest, omitLegacy bool) ([]Certificate, error) {
+	parent, text, err := c.certificate(ctx, r.now(), attest, omitLegacy)
 	if err != nil {
 		return nil, err
 	}
@@ -84,7 +85,7 @@ func (c *authority) certify(ctx context.Context, key *ecdsa.PrivateKey, r *Certi
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
-	return []string{certificatePEM(der), parentPEM}, nil
+	return []Certificate{{der: der}, text}, nil
 }
 
 func (c *authority) selfSign(ctx context.Context, now time.Time, attest Attest, omitLegacy bool) (*x509.Certificate, error) {

@@ -43,8 +43,17 @@ type CertificateRequest struct {
 type TLSKey struct {
 	redacts
 	key *box[[]byte]
-	// Chain is PEM certificates, the leaf first, each ending in a newline.
-	Chain []string
+	// Chain has the key's certificate first.
+	Chain []Certificate
+}
+
+// ChainPEM returns the chain in PEM, each ending in a newline.
+func (k *TLSKey) ChainPEM() []string {
+	list := make([]string, len(k.Chain))
+	for i := range k.Chain {
+		list[i] = k.Chain[i].PEM()
+	}
+	return list
 }
 
 // KeyPEM returns the private key in PEM (PKCS #8). The bytes are the TLSKey's own.
@@ -107,7 +116,7 @@ func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, a
 	if err != nil {
 		return nil, err
 	}
-	var chain []string
+	var chain []Certificate
 	switch {
 	case ca != nil:
 		chain, err = ca.certify(ctx, key, &r, attest, omitLegacy)
