@@ -8,10 +8,23 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"tdx-agent/agent/keys"
+	"tdx-agent/measure"
 )
 
 // This file is the kinds of field that few messages have: numbers, truth values,
 // lists, event logs, and text that is overwritten after use.
+
+// logText is the text of an event log, and that text once more as a JSON string.
+type logText struct{ plain, quoted string }
+
+// writeLog writes dstack's JSON of these events, with boot payloads stripped.
+func writeLog(events []measure.Event) (logText, error) {
+	b, err := measure.FormatEventLog(events, true)
+	if err != nil {
+		return logText{}, err
+	}
+	return logText{plain: string(b), quoted: string(appendQuoted(nil, string(b)))}, nil
+}
 
 // pemText is PEM text with a key in it. Unlike a string it can be cleared.
 type pemText []byte

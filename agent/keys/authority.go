@@ -27,7 +27,8 @@ var firstDay = time.Date(1975, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // authority is the application's own certificate authority.
 type authority struct {
-	key *ecdsa.PrivateKey
+	key     *ecdsa.PrivateKey
+	encoder ratls.Encoder
 
 	turn chan struct{} // holds one token; who has it may look at and set what follows
 	cert *x509.Certificate
@@ -78,7 +79,7 @@ func (c *authority) certify(ctx context.Context, key *ecdsa.PrivateKey, r *Certi
 		return nil, err
 	}
 	template := r.template()
-	if template.ExtraExtensions, err = r.extensions(ctx, &key.PublicKey, attest, omitLegacy); err != nil {
+	if template.ExtraExtensions, err = c.extensions(ctx, r, &key.PublicKey, attest, omitLegacy); err != nil {
 		return nil, err
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, c.key)
@@ -102,7 +103,7 @@ func (c *authority) selfSign(ctx context.Context, now time.Time, attest Attest, 
 	if err != nil {
 		return nil, err
 	}
-	if template.ExtraExtensions, err = ev.extensions(omitLegacy); err != nil {
+	if template.ExtraExtensions, err = c.evidence(ev, omitLegacy); err != nil {
 		return nil, err
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &c.key.PublicKey, c.key)
@@ -118,8 +119,8 @@ type attested struct {
 	spki []byte
 }
 
-func (a *attested) extensions(omitLegacy bool) ([]pkix.Extension, error) {
-	list, err := ratls.Extensions(a.Evidence, a.spki)
+func (c *authority) evidence(ev *attested, omitLegacy bool) ([]pkix.Extension, error) {
+	list, err := c.encoder.Extensions(ev.Evidence, ev.spki)
 	if omitLegacy {
 		list = ratls.WithoutLegacy(list)
 	}

@@ -217,7 +217,7 @@ func (r *CertificateRequest) template() *x509.Certificate {
 
 // extensions makes dstack's extensions for a key. There is a quote only where it ends
 // up in the certificate, or where what it says does.
-func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKey, attest Attest, omitLegacy bool) ([]pkix.Extension, error) {
+func (c *authority) extensions(ctx context.Context, r *CertificateRequest, key *ecdsa.PublicKey, attest Attest, omitLegacy bool) ([]pkix.Extension, error) {
 	list := []pkix.Extension{ratls.UsageExtension(ratls.UsageApp)}
 	if !r.RATLS && !r.AppInfo {
 		return list, nil
@@ -227,7 +227,7 @@ func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKe
 		return nil, err
 	}
 	if r.RATLS {
-		evidence, err := ev.extensions(omitLegacy)
+		evidence, err := c.evidence(ev, omitLegacy)
 		if err != nil {
 			return nil, err
 		}

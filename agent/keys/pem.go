@@ -4,6 +4,7 @@ import (
 	"crypto/ecdsa"
 	"encoding/base64"
 	"encoding/binary"
+	"slices"
 )
 
 // appendPEM writes a PEM block (RFC 7468) into memory of the right size at once, so
@@ -57,15 +58,16 @@ func (c *Certificate) AppendJSON(b []byte) []byte {
 	}
 	b = append(b, "-----BEGIN "+certificateLabel+`-----\n`...)
 	der := c.der
-	var line [pemColumn + 2]byte
-	line[pemColumn], line[pemColumn+1] = '\\', 'n'
-	for len(der) >= pemLine+2 { // two more are read
+	const column = pemColumn + 2
+	for b = slices.Grow(b, c.SizeJSON()); len(der) >= pemLine+2; der = der[pemLine:] { // two more are read
+		n := len(b)
+		b = b[:n+column]
+		line := (*[column]byte)(b[n:])
 		for i := range pemLine / 6 {
 			v := binary.BigEndian.Uint64(der[6*i:])
 			binary.LittleEndian.PutUint64(line[8*i:], uint64(base64Pairs[v>>52])|uint64(base64Pairs[v>>40&4095])<<16|uint64(base64Pairs[v>>28&4095])<<32|uint64(base64Pairs[v>>16&4095])<<48)
 		}
-		b = append(b, line[:]...)
-		der = der[pemLine:]
+		line[pemColumn], line[pemColumn+1] = '\\', 'n'
 	}
 	if len(der) > pemLine {
 		b = append(base64.StdEncoding.AppendEncode(b, der[:pemLine]), `\n`...)

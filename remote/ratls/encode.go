@@ -20,6 +20,17 @@ import (
 // not [ReportData] of spki, or if there are more than 512 events of RTMR3 or of
 // the boot, or an extension has more than 256 KiB.
 func Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extension, error) {
+	return new(Encoder).Extensions(ev, spki)
+}
+
+// Encoder writes the evidence of one TD for one key after the other, whose event log is
+// mostly the last one's. Its method may be called concurrently; the zero Encoder is one.
+type Encoder struct {
+	log measure.LastLog[pkix.Extension]
+}
+
+// Extensions is [Extensions]. The values are not to be changed.
+func (c *Encoder) Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extension, error) {
 	rd := ReportData(spki)
 	quote, err := measure.ParseQuote(ev.Quote)
 	if err != nil {
@@ -36,13 +47,13 @@ func Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extension, error) {
 	if err != nil {
 		return nil, fmt.Errorf("RA-TLS: %w", err)
 	}
-	var extensions []pkix.Extension
+	extensions := make([]pkix.Extension, 0, 3)
 	if attestation.Version == measure.AttestationV0 {
-		log, err := measure.FormatEventLog(ev.Events, true)
+		log, err := c.log.Of(ev.Events, writeLog)
 		if err != nil {
 			return nil, fmt.Errorf("RA-TLS: %w", err)
 		}
-		extensions = append(extensions, wrap(OIDQuote, ev.Quote), wrapOwn(OIDEventLog, log))
+		extensions = append(extensions, wrap(OIDQuote, ev.Quote), log)
 	}
 	extensions = append(extensions, wrapOwn(OIDAttestation, blob))
 	for _, e := range extensions {
@@ -54,6 +65,11 @@ func Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extension, error) {
 		return WithoutLegacy(extensions), nil
 	}
 	return extensions, nil
+}
+
+func writeLog(events []measure.Event) (pkix.Extension, error) {
+	log, err := measure.FormatEventLog(events, true)
+	return wrapOwn(OIDEventLog, log), err
 }
 
 // WithoutLegacy returns the extensions that are not there for verifiers before dstack
