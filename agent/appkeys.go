@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -179,10 +180,7 @@ func (d *daemon) certify(ctx context.Context) error {
 		return err
 	}
 	defer key.Zero()
-	chain := key.Chain[0]
-	for _, cert := range key.Chain[1:] {
-		chain += "\n" + cert
-	}
+	chain := strings.Join(key.ChainPEM(), "\n")
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.appCert = chain

@@ -28,7 +28,7 @@ func TestGetCertOfApplications(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		cert, err := tls.X509KeyPair([]byte(strings.Join(k.Chain, "\n")), k.KeyPEM())
+		cert, err := tls.X509KeyPair([]byte(strings.Join(k.ChainPEM(), "\n")), k.KeyPEM())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -258,7 +258,7 @@ func TestCertificatesIndependently(t *testing.T) {
 	}
 	list := map[string]*x509.Certificate{"own": own.Leaf}
 	for i, name := range []string{"leaf", "authority"} {
-		block, _ := pem.Decode([]byte(k.Chain[i]))
+		block, _ := pem.Decode([]byte(k.Chain[i].PEM()))
 		if list[name], err = x509.ParseCertificate(block.Bytes); err != nil {
 			t.Fatal(err)
 		}

@@ -16,9 +16,15 @@ import (
 type guestObject map[string]json.RawMessage
 
 // ParseJSONObject returns the members of one JSON object by their exact names.
-// Duplicate names are refused. The values are parts of b, not copies, so that whoever
+// Duplicate names are refused with a [*DuplicateMemberError]. The values are parts of b, not copies, so that whoever
 // clears b has cleared them; nested objects are not looked into.
 func ParseJSONObject(b []byte) (map[string]json.RawMessage, error) { return parseGuestObject(b) }
+
+// DuplicateMemberError says that an object has a name twice: two readers may not agree
+// on which of them counts.
+type DuplicateMemberError struct{ Name string }
+
+func (e *DuplicateMemberError) Error() string { return fmt.Sprintf("member %q is there twice", e.Name) }
 
 // parseGuestObject parses one JSON object of valid UTF-8 without copying values.
 // Nested objects are not looked into.
@@ -41,7 +47,7 @@ func parseGuestObject(b []byte) (guestObject, error) {
 			return nil, err
 		}
 		if _, dup := o[name]; dup {
-			return nil, fmt.Errorf("member %q is there twice", name)
+			return nil, &DuplicateMemberError{name}
 		}
 		i = skipJSONSpace(b, skipJSONSpace(b, end)+1) // the colon
 		end = skipJSONValue(b, i)

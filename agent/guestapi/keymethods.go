@@ -120,7 +120,7 @@ func tlsMessage(key *keys.TLSKey, err error) (message, error) {
 	if err != nil {
 		return nil, err
 	}
-	text, chain := pemText(key.KeyPEM()), pemChain(key.Chain)
+	text, chain := pemText(key.KeyPEM()), key.Chain
 	return message{{"key", 1, &text}, {"certificate_chain", 2, &chain}}, nil
 }
 

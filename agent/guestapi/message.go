@@ -14,7 +14,7 @@ import (
 // field ties one member of a dstack message to the Go value that holds it. The
 // value is a *[]byte (hexadecimal in JSON and in queries), a *string, a *bool, an
 // **uint64 (nil: not there), a *[]string, or in answers a *[][]byte, a *logText, a
-// *pemText or a *pemChain.
+// *pemText or a *[]keys.Certificate.
 type field struct {
 	name  string
 	num   protowire.Number

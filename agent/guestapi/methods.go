@@ -73,7 +73,7 @@ func (s *Server) getQuote(ctx context.Context, c *call) (message, error) {
 }
 
 func (s *Server) quoteMessage(ev *measure.Evidence, rd measure.ReportData) (message, error) {
-	log, err := s.logs.text(ev.Events)
+	log, err := s.logs.Of(ev.Events, writeLog)
 	if err != nil {
 		return nil, err
 	}
@@ -156,7 +156,7 @@ func (s *Server) tappdQuote(ctx context.Context, c *call, data []byte, algorithm
 	if err != nil {
 		return nil, err
 	}
-	log, err := s.logs.text(ev.Events)
+	log, err := s.logs.Of(ev.Events, writeLog)
 	if err != nil {
 		return nil, err
 	}

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"tdx-agent/measure"
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -81,22 +82,30 @@ func decodeJSON(body []byte, m message) error {
 	if len(text) == 0 {
 		return badRequest("the request has no body: want a JSON object with the member %q", m[0].name)
 	}
-	if err := checkJSON(body); err != nil {
-		return err
+	members, err := measure.ParseJSONObject(text)
+	if twice, ok := errors.AsType[*measure.DuplicateMemberError](err); ok {
+		return badRequest("duplicate field %q", clip(twice.Name))
 	}
-	if text[0] != '{' {
-		return badRequest("the body is JSON, but not an object")
+	if err != nil {
+		return whyNotObject(text)
 	}
-	return decodeObject(text, m)
+	for i := range m {
+		if value, ok := members[m[i].name]; ok {
+			if err := m[i].setJSON(value); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
-// checkJSON reports whether body is one JSON value, and if not, guesses why.
-func checkJSON(body []byte) error {
+// whyNotObject guesses what is wrong with a body that is no JSON object.
+func whyNotObject(body []byte) error {
 	if json.Valid(body) {
 		if !utf8.Valid(body) {
 			return badRequest("the body is not valid UTF-8")
 		}
-		return nil
+		return badRequest("the body is JSON, but not an object")
 	}
 	var whole json.RawMessage
 	err := json.Unmarshal(body, &whole)
@@ -115,39 +124,8 @@ func isASCII(b []byte) bool {
 	return true
 }
 
-// decodeObject stores the members of an object that checkJSON has passed.
-func decodeObject(text []byte, m message) error {
-	dec := json.NewDecoder(bytes.NewReader(text))
-	if _, err := dec.Token(); err != nil {
-		return badRequest("the body is not JSON: %v", err)
-	}
-	seen := make(map[string]bool)
-	for dec.More() {
-		token, err := dec.Token()
-		if err != nil {
-			return badRequest("the body is not JSON: %v", err)
-		}
-		key, _ := token.(string)
-		if seen[key] {
-			return badRequest("duplicate field %q", clip(key))
-		}
-		seen[key] = true
-		var value json.RawMessage
-		if err := dec.Decode(&value); err != nil {
-			return badRequest("the body is not JSON: %v", err)
-		}
-		if err := m.named(key).setJSON(value); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// setJSON stores a JSON value. A nil field is one that nobody asked for.
+// setJSON stores a JSON value.
 func (f *field) setJSON(value json.RawMessage) error {
-	if f == nil {
-		return nil
-	}
 	switch f.value.(type) {
 	case *[]string:
 		return f.setJSONList(value)

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"tdx-agent/agent/keys"
+	"tdx-agent/measure"
 )
 
 // maxHeader bounds the request line and headers; a GET carries its arguments there.
@@ -97,7 +98,7 @@ type Server struct {
 	cfg     Config
 	methods map[string]method
 	slots   *slots
-	logs    lastLog
+	logs    measure.LastLog[logText]
 	http    http.Server
 }
 

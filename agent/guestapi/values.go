@@ -4,19 +4,30 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"strconv"
-	"strings"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"tdx-agent/agent/keys"
+	"tdx-agent/measure"
 )
 
 // This file is the kinds of field that few messages have: numbers, truth values,
 // lists, event logs, and text that is overwritten after use.
 
+// logText is the text of an event log, and that text once more as a JSON string.
+type logText struct{ plain, quoted string }
+
+// writeLog writes dstack's JSON of these events, with boot payloads stripped.
+func writeLog(events []measure.Event) (logText, error) {
+	b, err := measure.FormatEventLog(events, true)
+	if err != nil {
+		return logText{}, err
+	}
+	return logText{plain: string(b), quoted: string(appendQuoted(nil, string(b)))}, nil
+}
+
 // pemText is PEM text with a key in it. Unlike a string it can be cleared.
 type pemText []byte
-
-// pemChain is PEM texts without secrets. With evidence in it a chain is most of an answer.
-type pemChain []string
 
 // clear overwrites what a message holds, but for strings.
 func (m message) clear() {
@@ -137,11 +148,11 @@ func appendValue(b []byte, value any) []byte {
 	case *logText:
 		b = append(b, v.quoted...)
 	case *pemText:
-		b = append(appendSecretPEM(append(b, '"'), *v), '"')
-	case *pemChain:
+		b = append(appendPEM(append(b, '"'), *v), '"')
+	case *[]keys.Certificate:
 		b = append(b, '[')
-		for i, s := range *v {
-			b = append(appendPEM(append(appendComma(b, i), '"'), s), '"')
+		for i := range *v {
+			b = append((*v)[i].AppendJSON(append(appendComma(b, i), '"')), '"')
 		}
 		b = append(b, ']')
 	case *[]string:
@@ -175,19 +186,7 @@ func appendHex(b, v []byte) []byte {
 
 // appendPEM appends PEM text as the inside of a JSON string. All of it is ASCII, and of
 // what JSON escapes it has only the ends of lines.
-func appendPEM(b []byte, text string) []byte {
-	for {
-		end := strings.IndexByte(text, '\n')
-		if end < 0 {
-			return append(b, text...)
-		}
-		b = append(append(b, text[:end]...), '\\', 'n')
-		text = text[end+1:]
-	}
-}
-
-// appendSecretPEM is appendPEM for text that must not become a string.
-func appendSecretPEM(b []byte, text pemText) []byte {
+func appendPEM(b []byte, text pemText) []byte {
 	for _, c := range text {
 		if c == '\n' {
 			b = append(b, '\\', 'n')
@@ -207,9 +206,9 @@ func sizeValue(value any) int {
 		size += len(v.quoted)
 	case *pemText:
 		size += 2 * len(*v)
-	case *pemChain:
-		for _, s := range *v {
-			size += len(s) + strings.Count(s, "\n") + 3
+	case *[]keys.Certificate:
+		for i := range *v {
+			size += (*v)[i].SizeJSON() + 3
 		}
 	case *[]string:
 		for _, s := range *v {
@@ -245,10 +244,10 @@ func appendProtoValue(b []byte, num protowire.Number, value any) []byte {
 	case *pemText:
 		b = protowire.AppendTag(b, num, protowire.BytesType)
 		b = protowire.AppendBytes(b, *v)
-	case *pemChain:
-		for _, s := range *v {
+	case *[]keys.Certificate:
+		for i := range *v {
 			b = protowire.AppendTag(b, num, protowire.BytesType)
-			b = protowire.AppendString(b, s)
+			b = protowire.AppendString(b, (*v)[i].PEM())
 		}
 	case *[]string:
 		for _, s := range *v {

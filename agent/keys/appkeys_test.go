@@ -50,7 +50,7 @@ func TestProvidersOfFile(t *testing.T) {
 			}
 			continue
 		}
-		if err != nil || k.Chain[1] != cert {
+		if err != nil || k.Chain[1].PEM() != cert {
 			t.Errorf("%s: %v", variant, err)
 		}
 	}

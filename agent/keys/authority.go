@@ -27,11 +27,12 @@ var firstDay = time.Date(1975, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // authority is the application's own certificate authority.
 type authority struct {
-	key *ecdsa.PrivateKey
+	key     *ecdsa.PrivateKey
+	encoder ratls.Encoder
 
 	turn chan struct{} // holds one token; who has it may look at and set what follows
 	cert *x509.Certificate
-	pem  string
+	text Certificate // cert, written out
 }
 
 // newAuthority returns the authority of key. cert is its certificate, or nil if it is
@@ -46,45 +47,46 @@ func newAuthority(key *ecdsa.PrivateKey, cert *x509.Certificate) *authority {
 }
 
 func (c *authority) set(cert *x509.Certificate) {
-	c.cert, c.pem = cert, certificatePEM(cert.Raw)
+	c.cert, c.text = cert, Certificate{der: cert.Raw}
+	c.text.json = string(c.text.AppendJSON(nil))
 }
 
 // certificate returns the authority's certificate, and makes it when it is first
 // asked for: it carries evidence, and the host may not have been able to give any
 // when the agent started.
-func (c *authority) certificate(ctx context.Context, now time.Time, attest Attest, omitLegacy bool) (*x509.Certificate, string, error) {
+func (c *authority) certificate(ctx context.Context, now time.Time, attest Attest, omitLegacy bool) (*x509.Certificate, Certificate, error) {
 	select {
 	case <-c.turn:
 	case <-ctx.Done():
-		return nil, "", fmt.Errorf("certificate of the application's authority: %w", ctx.Err())
+		return nil, Certificate{}, fmt.Errorf("certificate of the application's authority: %w", ctx.Err())
 	}
 	defer func() { c.turn <- struct{}{} }()
 	if c.cert != nil {
-		return c.cert, c.pem, nil
+		return c.cert, c.text, nil
 	}
 	cert, err := c.selfSign(ctx, now, attest, omitLegacy)
 	if err != nil {
-		return nil, "", fmt.Errorf("certificate of the application's authority: %w", err)
+		return nil, Certificate{}, fmt.Errorf("certificate of the application's authority: %w", err)
 	}
 	c.set(cert)
-	return c.cert, c.pem, nil
+	return c.cert, c.text, nil
 }
 
-// certify signs a certificate: PEM, the leaf first, then the authority's.
-func (c *authority) certify(ctx context.Context, key *ecdsa.PrivateKey, r *CertificateRequest, attest Attest, omitLegacy bool) ([]string, error) {
-	parent, parentPEM, err := c.certificate(ctx, r.now(), attest, omitLegacy)
+// certify signs a certificate: it comes first, then the authority's.
+func (c *authority) certify(ctx context.Context, key *ecdsa.PrivateKey, r *CertificateRequest, attest Attest, omitLegacy bool) ([]Certificate, error) {
+	parent, text, err := c.certificate(ctx, r.now(), attest, omitLegacy)
 	if err != nil {
 		return nil, err
 	}
 	template := r.template()
-	if template.ExtraExtensions, err = r.extensions(ctx, &key.PublicKey, attest, omitLegacy); err != nil {
+	if template.ExtraExtensions, err = c.extensions(ctx, r, &key.PublicKey, attest, omitLegacy); err != nil {
 		return nil, err
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, c.key)
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
-	return []string{certificatePEM(der), parentPEM}, nil
+	return []Certificate{{der: der}, text}, nil
 }
 
 func (c *authority) selfSign(ctx context.Context, now time.Time, attest Attest, omitLegacy bool) (*x509.Certificate, error) {
@@ -101,7 +103,7 @@ func (c *authority) selfSign(ctx context.Context, now time.Time, attest Attest, 
 	if err != nil {
 		return nil, err
 	}
-	if template.ExtraExtensions, err = ev.extensions(omitLegacy); err != nil {
+	if template.ExtraExtensions, err = c.evidence(ev, omitLegacy); err != nil {
 		return nil, err
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &c.key.PublicKey, c.key)
@@ -117,8 +119,8 @@ type attested struct {
 	spki []byte
 }
 
-func (a *attested) extensions(omitLegacy bool) ([]pkix.Extension, error) {
-	list, err := ratls.Extensions(a.Evidence, a.spki)
+func (c *authority) evidence(ev *attested, omitLegacy bool) ([]pkix.Extension, error) {
+	list, err := c.encoder.Extensions(ev.Evidence, ev.spki)
 	if omitLegacy {
 		list = ratls.WithoutLegacy(list)
 	}

@@ -3,6 +3,7 @@ package keys
 import (
 	"context"
 	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -43,8 +44,17 @@ type CertificateRequest struct {
 type TLSKey struct {
 	redacts
 	key *box[[]byte]
-	// Chain is PEM certificates, the leaf first, each ending in a newline.
-	Chain []string
+	// Chain has the key's certificate first.
+	Chain []Certificate
+}
+
+// ChainPEM returns the chain in PEM, each ending in a newline.
+func (k *TLSKey) ChainPEM() []string {
+	list := make([]string, len(k.Chain))
+	for i := range k.Chain {
+		list[i] = k.Chain[i].PEM()
+	}
+	return list
 }
 
 // KeyPEM returns the private key in PEM (PKCS #8). The bytes are the TLSKey's own.
@@ -58,14 +68,15 @@ func (a *App) IssueRandom(ctx context.Context, r CertificateRequest, attest Atte
 	if err := r.check(); err != nil {
 		return nil, err
 	}
-	seed := make([]byte, 32)
-	rand.Read(seed)
-	defer clear(seed)
-	key, err := derive(seed)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
 	}
-	return a.issue(ctx, key, r, attest)
+	scalar, err := key.Bytes()
+	if err != nil {
+		return nil, err
+	}
+	return a.issue(ctx, key, newSecret(scalar), r, attest)
 }
 
 // IssueDerived makes the certificate of the key of a path, which is the same every
@@ -74,11 +85,16 @@ func (a *App) IssueDerived(ctx context.Context, path string, r CertificateReques
 	if err := r.check(); err != nil {
 		return nil, err
 	}
-	key, err := a.deriveSecret(path)
+	secret, err := a.deriveSecret(path)
 	if err != nil {
 		return nil, err
 	}
-	return a.issue(ctx, key, r, attest)
+	key, err := secret.p256()
+	if err != nil {
+		secret.Zero()
+		return nil, err
+	}
+	return a.issue(ctx, key, secret, r, attest)
 }
 
 func (a *App) deriveSecret(path string) (*Secret, error) {
@@ -94,8 +110,8 @@ func (a *App) deriveSecret(path string) (*Secret, error) {
 // signed by it.
 var errNoAuthority = errors.New("the application's certificates are issued by its KMS, and this agent knows of none to ask: write its urls under [keys.kms] in agent.toml")
 
-// issue takes over secret.
-func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, attest Attest) (*TLSKey, error) {
+// issue takes over secret, the scalar of key.
+func (a *App) issue(ctx context.Context, key *ecdsa.PrivateKey, secret *Secret, r CertificateRequest, attest Attest) (*TLSKey, error) {
 	defer secret.Zero()
 	a.mu.RLock()
 	ca, kms, dropped, omitLegacy := a.authority, a.kms, a.key == nil, a.omitLegacy
@@ -103,11 +119,8 @@ func (a *App) issue(ctx context.Context, secret *Secret, r CertificateRequest, a
 	if dropped {
 		return nil, errDropped
 	}
-	key, err := secret.p256()
-	if err != nil {
-		return nil, err
-	}
-	var chain []string
+	var chain []Certificate
+	var err error
 	switch {
 	case ca != nil:
 		chain, err = ca.certify(ctx, key, &r, attest, omitLegacy)
@@ -204,7 +217,7 @@ func (r *CertificateRequest) template() *x509.Certificate {
 
 // extensions makes dstack's extensions for a key. There is a quote only where it ends
 // up in the certificate, or where what it says does.
-func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKey, attest Attest, omitLegacy bool) ([]pkix.Extension, error) {
+func (c *authority) extensions(ctx context.Context, r *CertificateRequest, key *ecdsa.PublicKey, attest Attest, omitLegacy bool) ([]pkix.Extension, error) {
 	list := []pkix.Extension{ratls.UsageExtension(ratls.UsageApp)}
 	if !r.RATLS && !r.AppInfo {
 		return list, nil
@@ -214,7 +227,7 @@ func (r *CertificateRequest) extensions(ctx context.Context, key *ecdsa.PublicKe
 		return nil, err
 	}
 	if r.RATLS {
-		evidence, err := ev.extensions(omitLegacy)
+		evidence, err := c.evidence(ev, omitLegacy)
 		if err != nil {
 			return nil, err
 		}

@@ -61,7 +61,7 @@ func attest(t testing.TB) (keys.Attest, *atomic.Int32) {
 // certificates parses a chain and the key, which must be the leaf's.
 func certificates(t testing.TB, k *keys.TLSKey) []*x509.Certificate {
 	t.Helper()
-	pair, err := tls.X509KeyPair([]byte(strings.Join(k.Chain, "\n")), k.KeyPEM())
+	pair, err := tls.X509KeyPair([]byte(strings.Join(k.ChainPEM(), "\n")), k.KeyPEM())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,7 +72,7 @@ func certificates(t testing.TB, k *keys.TLSKey) []*x509.Certificate {
 	if der, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey); err != nil || !bytes.Equal(der, block.Bytes) {
 		t.Errorf("key is %x, crypto/x509 writes %x (%v)", block.Bytes, der, err)
 	}
-	for i, text := range k.Chain {
+	for i, text := range k.ChainPEM() {
 		if want := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: pair.Certificate[i]})); text != want {
 			t.Errorf("certificate %d is written\n%s\nencoding/pem writes\n%s", i, text, want)
 		}
@@ -95,9 +95,13 @@ func certificates(t testing.TB, k *keys.TLSKey) []*x509.Certificate {
 func TestCertificatePEM(t *testing.T) {
 	der := make([]byte, 400)
 	rand.Read(der)
-	for n := range der {
-		if got, want := keys.CertificatePEM(der[:n]), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der[:n]})); n > 0 && got != want {
-			t.Fatalf("%d bytes:\n%s\nwant\n%s", n, got, want)
+	for n := range der[1:] {
+		c, want := keys.CertificateOf(der[:n+1]), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der[:n+1]}))
+		if got := c.PEM(); got != want {
+			t.Fatalf("%d bytes:\n%s\nwant\n%s", n+1, got, want)
+		}
+		if got := string(c.AppendJSON([]byte("["))); got != "["+strings.ReplaceAll(want, "\n", `\n`) || len(got)-1 > c.SizeJSON() {
+			t.Fatalf("%d bytes, for JSON, bounded by %d:\n%s\nwant\n%s", n+1, c.SizeJSON(), got, want)
 		}
 	}
 }

@@ -8,8 +8,8 @@ import (
 	"tdx-agent/measure"
 )
 
-// CertificatePEM is the text of a certificate.
-func CertificatePEM(der []byte) string { return certificatePEM(der) }
+// CertificateOf takes DER for an issued certificate's.
+func CertificateOf(der []byte) *Certificate { return &Certificate{der: der} }
 
 // EncodeKMSRequest encodes what SignCert is asked for.
 func (r *CertificateRequest) EncodeKMSRequest(spki, attestation []byte) []byte {
@@ -17,7 +17,7 @@ func (r *CertificateRequest) EncodeKMSRequest(spki, attestation []byte) []byte {
 }
 
 // ParseKMSAnswers decodes an answer of each method.
-func ParseKMSAnswers(answer []byte, id *measure.Identity, key *ecdsa.PublicKey) (*App, []string) {
+func ParseKMSAnswers(answer []byte, id *measure.Identity, key *ecdsa.PublicKey) (*App, []Certificate) {
 	k := &KMS{cfg: KMSConfig{Measured: func(context.Context) (*measure.Identity, error) { return id, nil }}}
 	target, err := k.target(context.Background())
 	if err != nil {

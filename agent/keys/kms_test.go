@@ -403,15 +403,16 @@ func TestKMSChain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	others := foreign.ChainPEM()
 	for name, c := range map[string]struct {
 		change func(list []string) []string
 		words  string
 	}{
 		"short":           {func(l []string) []string { return l[:2] }, "2 certificates, want 3"},
-		"another KMS's":   {func([]string) []string { return foreign.Chain }, "the root is not the key"},
-		"another's leaf":  {func(l []string) []string { return []string{foreign.Chain[0], l[1], l[2]} }, "of another key than the one"},
+		"another KMS's":   {func([]string) []string { return others }, "the root is not the key"},
+		"another's leaf":  {func(l []string) []string { return []string{others[0], l[1], l[2]} }, "of another key than the one"},
 		"no PEM":          {func(l []string) []string { return []string{"x", l[1], l[2]} }, "element 0 is no certificate"},
-		"other authority": {func(l []string) []string { return []string{l[0], foreign.Chain[1], l[2]} }, "the first certificate is not signed by the second"},
+		"other authority": {func(l []string) []string { return []string{l[0], others[1], l[2]} }, "the first certificate is not signed by the second"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newKMSSetup(t, func(cfg *kmstest.Config) {

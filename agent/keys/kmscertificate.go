@@ -28,7 +28,7 @@ type signCert struct {
 // certify has the KMS sign a certificate: PEM, the leaf first, then the application's
 // authority, then the root. A quote is made for every one, since the KMS judges the key
 // by it.
-func (k *KMS) certify(ctx context.Context, key *ecdsa.PrivateKey, r *CertificateRequest, attest Attest) ([]string, error) {
+func (k *KMS) certify(ctx context.Context, key *ecdsa.PrivateKey, r *CertificateRequest, attest Attest) ([]Certificate, error) {
 	ev, err := attestKey(ctx, &key.PublicKey, attest)
 	if err != nil {
 		return nil, err
@@ -44,7 +44,7 @@ func (k *KMS) certify(ctx context.Context, key *ecdsa.PrivateKey, r *Certificate
 		return nil, err
 	}
 	request := signCert{APIVersion: 2, CSR: hex.EncodeToString(csr), Signature: hex.EncodeToString(signature), VMConfig: k.cfg.VMConfig}
-	return each(ctx, k, func(p *kmsPeer) ([]string, error) {
+	return each(ctx, k, func(p *kmsPeer) ([]Certificate, error) {
 		answer, err := p.call(ctx, "SignCert", request, nil)
 		if err != nil {
 			return nil, err
@@ -99,7 +99,7 @@ const kmsChainLength = 3
 
 // parseChain takes a chain that proves to anybody who knows the root whose key it is: to
 // be handed on, not to be believed.
-func (p *kmsPeer) parseChain(answer []byte, key *ecdsa.PublicKey) ([]string, error) {
+func (p *kmsPeer) parseChain(answer []byte, key *ecdsa.PublicKey) ([]Certificate, error) {
 	doc, err := measure.ParseJSONObject(answer)
 	if err != nil {
 		return nil, err
@@ -108,7 +108,7 @@ func (p *kmsPeer) parseChain(answer []byte, key *ecdsa.PublicKey) ([]string, err
 	if err := json.Unmarshal(doc["certificate_chain"], &list); err != nil || len(list) != kmsChainLength {
 		return nil, fmt.Errorf("certificate_chain: %d certificates, want %d", len(list), kmsChainLength)
 	}
-	var certs [kmsChainLength]*x509.Certificate
+	chain, certs := make([]Certificate, kmsChainLength), make([]*x509.Certificate, kmsChainLength)
 	for i, text := range list {
 		block, _ := pem.Decode([]byte(text))
 		if block == nil || block.Type != "CERTIFICATE" {
@@ -117,7 +117,7 @@ func (p *kmsPeer) parseChain(answer []byte, key *ecdsa.PublicKey) ([]string, err
 		if certs[i], err = x509.ParseCertificate(block.Bytes); err != nil {
 			return nil, fmt.Errorf("certificate_chain: element %d: %w", i, err)
 		}
-		list[i] = certificatePEM(block.Bytes)
+		chain[i].der = block.Bytes
 	}
 	leaf, authority, root := certs[0], certs[1], certs[2]
 	if !p.target.root.Equal(root.PublicKey) {
@@ -133,7 +133,7 @@ func (p *kmsPeer) parseChain(answer []byte, key *ecdsa.PublicKey) ([]string, err
 	if err := authority.CheckSignatureFrom(root); err != nil {
 		return nil, fmt.Errorf("certificate_chain: the second certificate is not signed by the root: %w", err)
 	}
-	return list, p.checkAppID(authority)
+	return chain, p.checkAppID(authority)
 }
 
 // checkAppID demands that the authority is this application's.
