@@ -101,8 +101,8 @@ func TestKeysWhileDivergedIfTold(t *testing.T) {
 	p.kill()
 }
 
-// TestKeysAndTheLogFile: what became of the log's file is noticed as with quotes, a file of
-// the same size too, and a log that another process has added to is read again.
+// TestKeysAndTheLogFile: what became of the log's file counts once it was noticed, which
+// every 30 s it is, and a log that another process has added to is read again.
 func TestKeysAndTheLogFile(t *testing.T) {
 	dir := shortDir(t)
 	flag, config := fullAccess(t, "")
@@ -114,10 +114,12 @@ func TestKeysAndTheLogFile(t *testing.T) {
 	check(t, err)
 	check(t, os.Rename(log, log+".copy"))
 	check(t, os.WriteFile(log, append([]byte("x"), whole[1:]...), 0o600))
+	p.answering()
 	p.wantKeys(exitDiverged, "the RTMR3 log is damaged")
 	check(t, os.Rename(log+".copy", log))
 	p.wantKeys(0, "")
 	check(t, os.Remove(log))
+	p.answering()
 	p.wantKeys(exitDiverged, "somebody has removed it")
 	check(t, os.WriteFile(log, whole, 0o600))
 	p.wantKeys(0, "")
