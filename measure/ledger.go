@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -60,6 +61,9 @@ type Ledger struct {
 	cfg   LedgerConfig
 	store logStore
 	lock  *fileLock
+
+	// explained is RTMR3 when the log was last seen to explain it; nil: it does not.
+	explained atomic.Pointer[Digest]
 
 	mu      sync.Mutex // guards the fields below and serialises this process's use of the file
 	records []Record   // what the file holds up to size; the last may be an intent
@@ -262,6 +266,16 @@ func (l *Ledger) extend(e Entry, event Event, prev Digest) (Record, error) {
 // settle brings the log and the register into agreement as the type's comment
 // says, or tells that it cannot be done.
 func (l *Ledger) settle() (Snapshot, error) {
+	s, err := l.settled()
+	if err == nil && !s.Unread {
+		l.explained.Store(&s.Log)
+	} else {
+		l.explained.Store(nil)
+	}
+	return s, err
+}
+
+func (l *Ledger) settled() (Snapshot, error) {
 	if err := l.refresh(false); err != nil {
 		return Snapshot{}, err
 	}
