@@ -36,8 +36,11 @@ func (d *daemon) loadChannelKey() error {
 		d.metrics.quoted("channel", err)
 		return ev, err
 	}, func(ctx context.Context) (measure.Digest, error) {
-		s, err := d.ledger.Snapshot(ctx)
-		return s.Register, err
+		regs, err := d.ledger.Check(ctx)
+		if err == nil {
+			err = d.attester.CheckBoot(regs)
+		}
+		return regs.RTMR[measure.RTMR3], err
 	})
 	return err
 }

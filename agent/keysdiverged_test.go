@@ -13,6 +13,7 @@ import (
 	"tdx-agent/agent/guestapi"
 	"tdx-agent/measure"
 	"tdx-agent/measure/tdxsim"
+	"tdx-agent/remote/atls"
 )
 
 // keyCalls are the calls that give something of the application's keys.
@@ -83,6 +84,31 @@ func TestNoKeysWhileDiverged(t *testing.T) {
 		p = startAgent(t, dir, flag, config) // and a restart does not forget
 		p.answering()
 		p.wantKeys(exitDiverged, words)
+		p.kill()
+	}
+}
+
+// TestNoChannelSignatureWhileDiverged: a peer that has seen a quote takes the agent key's
+// signature for the word that all is as it was then.
+func TestNoChannelSignatureWhileDiverged(t *testing.T) {
+	for register, words := range map[int]string{measure.RTMR3: "RTMR3 is ", 2: "RTMR2 is "} {
+		dir := shortDir(t)
+		p := startAgent(t, dir)
+		p.answering()
+		a, err := newChannelAttester(t.Context(), dir)
+		check(t, err)
+		defer a.client.CloseIdleConnections()
+		session := &atls.Session{Role: atls.Server}
+		if st, err := a.Attest(t.Context(), session, true); err != nil || len(st.Signature) == 0 {
+			t.Errorf("before: %v", err)
+		}
+		td, err := tdxsim.Open(dir.td())
+		check(t, err)
+		check(t, td.Extend(register, measure.Digest{1}))
+		check(t, td.Close())
+		if st, err := a.Attest(t.Context(), session, true); err == nil || exitCode(err) != exitDiverged || !strings.Contains(err.Error(), words) {
+			t.Errorf("RTMR%d: got %+v, %v, want exit status %d and %q", register, st, err, exitDiverged, words)
+		}
 		p.kill()
 	}
 }

@@ -104,7 +104,7 @@ func (d *daemon) newLocal() (*keys.Local, error) {
 		Collateral: func(context.Context) (*dcap.Collateral, error) { // anew each time: the operator replaces it
 			b, err := readCapped(c.Collateral, 5<<20)
 			if err != nil {
-				return nil, err
+				return nil, fmt.Errorf("%w; tdx-agent collateral fetch --sgx makes this file", err)
 			}
 			return dcap.ParseEnclaveCollateral(b, roots)
 		},
