@@ -114,7 +114,6 @@ func (h *handshake) waitResult() (ttl time.Duration, err error) {
 // dial is the client's side, once TLS stands.
 func (h *handshake) dial(ctx context.Context, service string, entries []string) (ttl time.Duration, err error) {
 	h.enter(StepHello, limitHello)
-	h.peer.Service = service
 	hello := helloClient{Version: 1, Nonce: nonce(), Attest: []string{attestPeer}, Modes: []string{modeQuote}, Formats: []string{formatDstack},
 		Service: service, MaxEvidence: defaultMaxEvidence, AgentKey: h.agentKey()}
 	if h.cfg.Attester != nil {
