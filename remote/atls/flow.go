@@ -40,9 +40,12 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 	h.progress(greeted)
 	own := modeQuote
 	if mode != modeNone {
-		if own, err = h.appraiseClient(ctx, mode, &hello, l.Entries[hello.Service]); err != nil {
-			return 0, err
-		}
+		own, err = h.appraiseClient(ctx, mode, &hello, l.Entries[hello.Service])
+	} else if slices.Contains(hello.Attest, attestPeer) && !h.unproven.Allow() {
+		err = &busyError{time.Second}
+	}
+	if err != nil {
+		return 0, err
 	}
 	h.progress(appraised)
 	if !h.reserve(l.MaxConnections) {
