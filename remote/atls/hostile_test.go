@@ -330,3 +330,49 @@ func (p *pair) failed(t *testing.T, n int) []atls.Failure {
 	t.Fatalf("the server has kept %+v, want %d failures", p.failures.List(), n)
 	return nil
 }
+
+// TestDiversionInKeyMode sends a dial to another peer whose evidence is known from a
+// channel that was meant for it.
+func TestDiversionInKeyMode(t *testing.T) {
+	p := newPair(t, "", func(s, _ *atls.Config, _ *atls.ListenerConfig) { s.KeyTTL = time.Hour })
+	other := newMachine(t, "expected", true)
+	const key = `require = "key"`
+	d, err := atls.NewDialer(atls.Config{Attester: p.client.attester(t), KeyTTL: time.Hour,
+		Verifier: verifier(t, p.server.entry("server", "other", key)+other.entry("expected", "other", key), p.server, other)}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.echo(t)
+	for _, isKeyMode := range []bool{false, true} {
+		c, err := d.DialContext(t.Context(), "tcp", p.address, "echo", []string{"server"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if peer, _ := atls.PeerFromConn(c); peer.KeyMode != isKeyMode {
+			t.Errorf("key mode is %v, want %v", peer.KeyMode, isKeyMode)
+		}
+		c.Close()
+	}
+	_, err = d.DialContext(t.Context(), "tcp", p.address, "echo", []string{"expected"})
+	wantCode(t, err, atls.CodePolicyDenied, false)
+}
+
+// TestAnotherServiceInKeyMode has a peer come back by its key for what only another peer
+// may reach.
+func TestAnotherServiceInKeyMode(t *testing.T) {
+	const key = `require = "key"`
+	other := newMachine(t, "other", true)
+	p := &pair{server: newMachine(t, "server", true), client: newMachine(t, "client", true)}
+	newPairOf(t, p, key, func(s, c *atls.Config, l *atls.ListenerConfig) {
+		s.KeyTTL, c.KeyTTL = time.Hour, time.Hour
+		s.Verifier = verifier(t, p.client.entry("client", "echo", key)+other.entry("other", "secret", key), p.client, other)
+		l.Services = []string{"echo", "secret"}
+	})
+	p.echo(t)
+	p.mustDial(t)
+	if c := p.mustDial(t); !c.Peer().KeyMode {
+		t.Fatal("the second channel is not in key mode")
+	}
+	_, err := p.dialer.DialContext(t.Context(), "tcp", p.address, "secret", []string{"server"})
+	wantCode(t, err, atls.CodePolicyDenied, true)
+}

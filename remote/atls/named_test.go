@@ -289,7 +289,14 @@ func TestBadServers(t *testing.T) {
 				takeFrame(c) // until the client refuses
 			}()
 			err = p.dialTo(t.Context(), l.Addr().String())
-			wantCode(t, err, atls.CodeBadFrame, strings.HasPrefix(tc.name, "RESULT ok"))
+			isOK := strings.HasPrefix(tc.name, "RESULT ok")
+			wantCode(t, err, atls.CodeBadFrame, isOK)
+			if !isOK && !strings.Contains(err.Error(), "malformed") {
+				t.Errorf("got %v, want what is malformed, and not that the server went away", err)
+			}
+			if n := p.client.quoted(); tc.hello != nil && n != 0 {
+				t.Errorf("the client made %d quotes for such a hello", n)
+			}
 		})
 	}
 }
