@@ -9,6 +9,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -375,4 +376,24 @@ func TestAnotherServiceInKeyMode(t *testing.T) {
 	}
 	_, err := p.dialer.DialContext(t.Context(), "tcp", p.address, "secret", []string{"server"})
 	wantCode(t, err, atls.CodePolicyDenied, true)
+}
+
+// TestKeyTTL wants a quote again of a peer whose last one is older than KeyTTL.
+func TestKeyTTL(t *testing.T) {
+	var later atomic.Int64
+	now := func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
+	p := newPair(t, `require = "key"`, func(s, c *atls.Config, _ *atls.ListenerConfig) {
+		s.KeyTTL, c.KeyTTL, s.Now, c.Now = time.Minute, time.Minute, now, now
+	})
+	p.echo(t)
+	for _, step := range []struct {
+		after  time.Duration
+		quotes int // of each end
+	}{{0, 1}, {50 * time.Second, 1}, {61 * time.Second, 2}, {110 * time.Second, 2}} {
+		later.Store(int64(step.after))
+		p.mustDial(t)
+		if s, c := p.server.quoted(), p.client.quoted(); s != step.quotes || c != step.quotes {
+			t.Errorf("after %s: %d quotes of the server and %d of the client, want %d each", step.after, s, c, step.quotes)
+		}
+	}
 }
