@@ -109,7 +109,7 @@ func (d *daemon) status(ctx context.Context) *status.Status {
 		st.Notes = append(st.Notes, d.keys.absent.Error())
 	}
 	d.identity(st, events, s)
-	st.Notes = append(st.Notes, d.rawNotes(st.Identity.KeyProvider)...)
+	st.Notes = append(st.Notes, d.keyNotes(st.Identity.KeyProvider)...)
 	if st.Quotes.LastSuccess.IsZero() {
 		why := "no quote was made yet"
 		if d.backend.quoter == nil {
