@@ -11,6 +11,7 @@ import (
 	"slices"
 
 	"tdx-agent/agent/guestapi"
+	"tdx-agent/agent/keys"
 	"tdx-agent/agent/status"
 	"tdx-agent/measure"
 )
@@ -107,6 +108,11 @@ func (d *daemon) status(ctx context.Context) *status.Status {
 	d.report(err)
 	if d.cfg.givesKeys() && d.keys.absent != nil {
 		st.Notes = append(st.Notes, d.keys.absent.Error())
+	}
+	if f, ok := d.keys.provider.(keys.File); ok {
+		if note := f.Exposed(); note != "" {
+			st.Notes = append(st.Notes, note)
+		}
 	}
 	d.identity(st, events, s)
 	st.Notes = append(st.Notes, d.keyNotes(st.Identity.KeyProvider)...)
