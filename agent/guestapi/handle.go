@@ -95,7 +95,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		answer = s.notFound()
 	case r.Method != http.MethodGet && r.Method != http.MethodPost:
 		o := outcome{status: http.StatusMethodNotAllowed, exit: exitUsage, text: "want GET or POST"}
-		answer = o.answer(encodingJSON)
+		answer = s.record(&c, o.answer(encodingJSON), time.Since(start))
 		answer.allow = "GET, POST"
 	default:
 		answer = s.call(w, r, &c, peer)
