@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"log/slog"
 	"math/big"
 	"os"
 	"strings"
@@ -76,6 +77,31 @@ func TestKeysAreTheMeasuredProviders(t *testing.T) {
 	}
 	if _, err := d.measuredKeys(t.Context(), later); err != nil {
 		t.Errorf("a provider that has failed once is not asked again: %v", err)
+	}
+}
+
+// TestNoKeysBeforeTheBootStep: until RTMR3 says whose keys they are to be, nobody gets
+// any, of whatever provider.
+func TestNoKeysBeforeTheBootStep(t *testing.T) {
+	cfg, ctx := newConfig(), t.Context()
+	dir, err := serverRuntimeDir(t.TempDir(), true)
+	check(t, err)
+	back, err := openBackend(cfg, dir, true)
+	check(t, err)
+	defer back.close()
+	l, err := openLedger(ctx, cfg, dir, back)
+	check(t, err)
+	defer l.Close()
+	files := measure.SampleApp()
+	d, err := newDaemon(ctx, cfg, dir, back, l, "", files, slog.New(slog.DiscardHandler))
+	check(t, err)
+	if _, err := d.appKeys(ctx); err == nil || !strings.Contains(err.Error(), "the boot step has not finished") || exitCode(err) != exitDenied {
+		t.Errorf("before the boot step: %v", err)
+	}
+	_, err = measureBoot(ctx, cfg, dir, l, files)
+	check(t, err)
+	if _, err := d.appKeys(ctx); err != nil {
+		t.Errorf("after it: %v", err)
 	}
 }
 
