@@ -134,6 +134,9 @@ func checkPrefixes(key string, prefixes []string, granted bool, grant string) er
 	if len(prefixes) > 0 && !granted {
 		return fmt.Errorf("%s is given without the grant %q", key, grant)
 	}
+	if prefixes != nil && len(prefixes) == 0 {
+		return fmt.Errorf("%s is empty, so nothing could match: leave it out for the default, or remove the grant %q", key, grant)
+	}
 	if len(prefixes) > maxPrefixes {
 		return fmt.Errorf("%s has %d members, want at most %d", key, len(prefixes), maxPrefixes)
 	}

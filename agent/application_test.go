@@ -83,6 +83,8 @@ func TestBadApplications(t *testing.T) {
 		{"prefix that opens others", "[[application]]\nname = \"a\"\nkey_paths = [\"a\"]\n" + good, `would open "a2/x" too`},
 		{"key_paths without key", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nkey_paths = [\"a/\"]\n", `without the grant "key"`},
 		{"events without measure", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nevents = [\"a/\"]\n", `without the grant "measure"`},
+		{"key_paths that are none", "[[application]]\nname = \"a\"\nkey_paths = []\n" + good, "key_paths is empty"},
+		{"events that are none", "[[application]]\nname = \"a\"\nevents = []\n" + good, "events is empty"},
 		{"events with a colon", "[[application]]\nname = \"a\"\nevents = [\"a:\"]\n" + good, "has a colon"},
 		{"declared twice", "[[application]]\nname = \"a\"\n" + good + "[[application]]\nname = \"a\"\n" + good, "declared twice"},
 		{"unknown key", "[[application]]\nname = \"a\"\nuid = 1\n" + good, `unknown key "application.uid"`},
