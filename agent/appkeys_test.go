@@ -80,27 +80,37 @@ func TestKeysAreTheMeasuredProviders(t *testing.T) {
 	}
 }
 
-// TestNoKeysBeforeTheBootStep: until RTMR3 says whose keys they are to be, nobody gets
-// any, of whatever provider.
-func TestNoKeysBeforeTheBootStep(t *testing.T) {
-	cfg, ctx := newConfig(), t.Context()
+// idleDaemon is an agent that serves nobody, before its boot step, which boot runs.
+func idleDaemon(t *testing.T) (d *daemon, boot func()) {
+	t.Helper()
+	cfg := newConfig()
 	dir, err := serverRuntimeDir(t.TempDir(), true)
 	check(t, err)
 	back, err := openBackend(cfg, dir, true)
 	check(t, err)
-	defer back.close()
-	l, err := openLedger(ctx, cfg, dir, back)
+	t.Cleanup(func() { back.close() })
+	l, err := openLedger(t.Context(), cfg, dir, back)
 	check(t, err)
-	defer l.Close()
+	t.Cleanup(func() { l.Close() })
 	files := measure.SampleApp()
-	d, err := newDaemon(ctx, cfg, dir, back, l, "", files, slog.New(slog.DiscardHandler))
+	d, err = newDaemon(t.Context(), cfg, dir, back, l, "", files, slog.New(slog.DiscardHandler))
 	check(t, err)
-	if _, err := d.appKeys(ctx); err == nil || !strings.Contains(err.Error(), "the boot step has not finished") || exitCode(err) != exitDenied {
+	return d, func() {
+		t.Helper()
+		_, err := measureBoot(t.Context(), cfg, dir, l, files)
+		check(t, err)
+	}
+}
+
+// TestNoKeysBeforeTheBootStep: until RTMR3 says whose keys they are to be, nobody gets
+// any, of whatever provider.
+func TestNoKeysBeforeTheBootStep(t *testing.T) {
+	d, boot := idleDaemon(t)
+	if _, err := d.appKeys(t.Context()); err == nil || !strings.Contains(err.Error(), "the boot step has not finished") || exitCode(err) != exitDenied {
 		t.Errorf("before the boot step: %v", err)
 	}
-	_, err = measureBoot(ctx, cfg, dir, l, files)
-	check(t, err)
-	if _, err := d.appKeys(ctx); err != nil {
+	boot()
+	if _, err := d.appKeys(t.Context()); err != nil {
 		t.Errorf("after it: %v", err)
 	}
 }
