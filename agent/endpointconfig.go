@@ -103,6 +103,9 @@ func (c *Config) checkChannels() error {
 			return fmt.Errorf("connect %q is declared twice", s.Name)
 		}
 		seen[s.Name] = true
+		if k := slices.IndexFunc(c.Connects[:i], func(other ConnectConfig) bool { return other.Listen == s.Listen }); k >= 0 {
+			return fmt.Errorf("connect %q: listen: %q is that of %q already", s.Name, s.Listen, c.Connects[k].Name)
+		}
 	}
 	if c.Endpoint.Policy == "" && len(c.Services)+len(c.Connects) > 0 {
 		return errors.New("endpoint.policy is empty, want the file that says who the peers of [[service]] and [[connect]] are")

@@ -78,6 +78,7 @@ func TestBadChannels(t *testing.T) {
 		{"mode", service + "mode = \"udp\"\n", `want "tcp" or "http"`},
 		{"PROXY protocol with HTTP", service + "mode = \"http\"\nproxy_protocol = true\n", "proxy_protocol: not with"},
 		{"headers without HTTP", service + "flashbots_headers = true\n", "flashbots_headers: only with"},
+		{"one socket for two", connect + strings.Replace(strings.Replace(connect, "[endpoint]\npolicy = \"/p\"\n", "", 1), `name = "a"`, `name = "b"`, 1), `connect "b": listen: "unix:/a" is that of "a" already`},
 		{"nobody is expected", strings.Replace(connect, `["e"]`, "[]", 1), "addresses prove nothing"},
 		{"anybody is expected", strings.Replace(connect, `["e"]`, `[""]`, 1), "addresses prove nothing"},
 		{"listens for everybody", strings.Replace(connect, "unix:/a", "0.0.0.0:80", 1), "want unix:PATH or a loopback address"},

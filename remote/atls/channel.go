@@ -66,6 +66,9 @@ type end struct {
 	// reasons bounds the forged quotes that are looked into further, for an operator to
 	// read why: an event log is more work than a signature.
 	reasons *rate.Limiter
+	// unproven bounds our quotes for clients that prove nothing: their number is nobody's
+	// to bound, and peers share what the host can make.
+	unproven *rate.Limiter
 
 	mu      sync.Mutex // guards what follows
 	leaf    *tls.Certificate
@@ -107,7 +110,7 @@ func newEnd(cfg Config) (*end, error) {
 	if cfg.Observe == nil {
 		cfg.Observe = func(Handshake) {}
 	}
-	return &end{cfg: cfg, kept: cache.New[[32]byte, *kept](512), logs: cache.New[[32]byte, *knownLog](64), reasons: rate.NewLimiter(2, 16), open: map[*Conn]struct{}{}}, nil
+	return &end{cfg: cfg, kept: cache.New[[32]byte, *kept](512), logs: cache.New[[32]byte, *knownLog](64), reasons: rate.NewLimiter(2, 16), unproven: rate.NewLimiter(1, 8), open: map[*Conn]struct{}{}}, nil
 }
 
 // leafLife is how long a TLS key is used for new connections.

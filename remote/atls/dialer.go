@@ -192,11 +192,11 @@ func (d *Dialer) once(ctx context.Context, network, address, service string, ent
 // talk appraises the server.
 func (d *Dialer) talk(ctx context.Context, raw net.Conn, address, service string, entries []string) (h *handshake, ttl time.Duration, err error) {
 	if d.end.cfg.RATLS != nil {
-		return d.end.dialRATLS(ctx, raw, address, service, entries)
-	}
-	if h, err = d.end.begin(ctx, raw, Client); err == nil {
+		h, ttl, err = d.end.dialRATLS(ctx, raw, address, service, entries)
+	} else if h, err = d.end.begin(ctx, raw, Client); err == nil {
 		ttl, err = h.dial(ctx, service, entries)
 	}
+	h.peer.Address, h.peer.Service = address, service // raw may end at a relay of ours
 	return h, ttl, err
 }
 

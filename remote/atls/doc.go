@@ -28,7 +28,8 @@
 // binding_mismatch.
 //
 // The client pays first: a server makes no quote for somebody it has not appraised,
-// but for the clients of services that are opened to unattested ones.
+// but for the clients of services that are opened to unattested ones: one a second for
+// all of them, and eight at once.
 //
 // # Key mode
 //

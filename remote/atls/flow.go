@@ -40,9 +40,12 @@ func (h *handshake) serve(ctx context.Context, l *ListenerConfig, slots chan str
 	h.progress(greeted)
 	own := modeQuote
 	if mode != modeNone {
-		if own, err = h.appraiseClient(ctx, mode, &hello, l.Entries[hello.Service]); err != nil {
-			return 0, err
-		}
+		own, err = h.appraiseClient(ctx, mode, &hello, l.Entries[hello.Service])
+	} else if slices.Contains(hello.Attest, attestPeer) && !h.unproven.Allow() {
+		err = &busyError{time.Second}
+	}
+	if err != nil {
+		return 0, err
 	}
 	h.progress(appraised)
 	if !h.reserve(l.MaxConnections) {
@@ -114,7 +117,6 @@ func (h *handshake) waitResult() (ttl time.Duration, err error) {
 // dial is the client's side, once TLS stands.
 func (h *handshake) dial(ctx context.Context, service string, entries []string) (ttl time.Duration, err error) {
 	h.enter(StepHello, limitHello)
-	h.peer.Service = service
 	hello := helloClient{Version: 1, Nonce: nonce(), Attest: []string{attestPeer}, Modes: []string{modeQuote}, Formats: []string{formatDstack},
 		Service: service, MaxEvidence: defaultMaxEvidence, AgentKey: h.agentKey()}
 	if h.cfg.Attester != nil {

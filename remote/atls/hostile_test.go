@@ -9,6 +9,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -329,4 +330,70 @@ func (p *pair) failed(t *testing.T, n int) []atls.Failure {
 	}
 	t.Fatalf("the server has kept %+v, want %d failures", p.failures.List(), n)
 	return nil
+}
+
+// TestDiversionInKeyMode sends a dial to another peer whose evidence is known from a
+// channel that was meant for it.
+func TestDiversionInKeyMode(t *testing.T) {
+	p := newPair(t, "", func(s, _ *atls.Config, _ *atls.ListenerConfig) { s.KeyTTL = time.Hour })
+	other := newMachine(t, "expected", true)
+	const key = `require = "key"`
+	d, err := atls.NewDialer(atls.Config{Attester: p.client.attester(t), KeyTTL: time.Hour,
+		Verifier: verifier(t, p.server.entry("server", "other", key)+other.entry("expected", "other", key), p.server, other)}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.echo(t)
+	for _, isKeyMode := range []bool{false, true} {
+		c, err := d.DialContext(t.Context(), "tcp", p.address, "echo", []string{"server"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if peer, _ := atls.PeerFromConn(c); peer.KeyMode != isKeyMode {
+			t.Errorf("key mode is %v, want %v", peer.KeyMode, isKeyMode)
+		}
+		c.Close()
+	}
+	_, err = d.DialContext(t.Context(), "tcp", p.address, "echo", []string{"expected"})
+	wantCode(t, err, atls.CodePolicyDenied, false)
+}
+
+// TestAnotherServiceInKeyMode has a peer come back by its key for what only another peer
+// may reach.
+func TestAnotherServiceInKeyMode(t *testing.T) {
+	const key = `require = "key"`
+	other := newMachine(t, "other", true)
+	p := &pair{server: newMachine(t, "server", true), client: newMachine(t, "client", true)}
+	newPairOf(t, p, key, func(s, c *atls.Config, l *atls.ListenerConfig) {
+		s.KeyTTL, c.KeyTTL = time.Hour, time.Hour
+		s.Verifier = verifier(t, p.client.entry("client", "echo", key)+other.entry("other", "secret", key), p.client, other)
+		l.Services = []string{"echo", "secret"}
+	})
+	p.echo(t)
+	p.mustDial(t)
+	if c := p.mustDial(t); !c.Peer().KeyMode {
+		t.Fatal("the second channel is not in key mode")
+	}
+	_, err := p.dialer.DialContext(t.Context(), "tcp", p.address, "secret", []string{"server"})
+	wantCode(t, err, atls.CodePolicyDenied, true)
+}
+
+// TestKeyTTL wants a quote again of a peer whose last one is older than KeyTTL.
+func TestKeyTTL(t *testing.T) {
+	var later atomic.Int64
+	now := func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
+	p := newPair(t, `require = "key"`, func(s, c *atls.Config, _ *atls.ListenerConfig) {
+		s.KeyTTL, c.KeyTTL, s.Now, c.Now = time.Minute, time.Minute, now, now
+	})
+	p.echo(t)
+	for _, step := range []struct {
+		after  time.Duration
+		quotes int // of each end
+	}{{0, 1}, {50 * time.Second, 1}, {61 * time.Second, 2}, {110 * time.Second, 2}} {
+		later.Store(int64(step.after))
+		p.mustDial(t)
+		if s, c := p.server.quoted(), p.client.quoted(); s != step.quotes || c != step.quotes {
+			t.Errorf("after %s: %d quotes of the server and %d of the client, want %d each", step.after, s, c, step.quotes)
+		}
+	}
 }

@@ -237,6 +237,39 @@ func TestFailures(t *testing.T) {
 	}
 }
 
+// TestFailuresOfStrangers keeps what an operator looks for while strangers come and go.
+func TestFailuresOfStrangers(t *testing.T) {
+	var all atls.Failures
+	ended := func(step atls.Step, n int) {
+		for range n {
+			all.Add(atls.Handshake{Code: atls.CodeBadFrame, Step: step})
+		}
+	}
+	count := func(step atls.Step) (n int) {
+		for _, f := range all.List() {
+			if f.Step == step {
+				n++
+			}
+		}
+		return n
+	}
+	ended(atls.StepVerify, 40)
+	for _, step := range []atls.Step{atls.StepTLS, atls.StepHello, atls.StepWaitEvidence} {
+		ended(step, 1000)
+		if late, early := count(atls.StepVerify), count(step); late != 32 || early != 32 {
+			t.Errorf("after 1000 that ended in %s: %d of those and %d of the refusals are kept, want 32 and 32", step, early, late)
+		}
+	}
+	all.Add(atls.Handshake{Code: atls.CodePolicyDenied, Step: atls.StepVerify, Ref: "last"})
+	if list := all.List(); len(list) != 64 || list[63].Ref != "last" || count(atls.StepVerify) != 33 {
+		t.Errorf("%d are kept, of them %d refusals, want 64 with 33, the latest last", len(list), count(atls.StepVerify))
+	}
+	ended(atls.StepVerify, 64)
+	if n := count(atls.StepVerify); n != 64 {
+		t.Errorf("%d refusals are kept where nothing else happens, want 64", n)
+	}
+}
+
 // TestBytes counts what an application has sent and got.
 func TestBytes(t *testing.T) {
 	p := newPair(t, "")

@@ -54,6 +54,12 @@ func TestBound(t *testing.T) {
 		"TLS keys swapped":                                   {session: func(s *atls.Session) { s.ClientKey, s.ServerKey = s.ServerKey, s.ClientKey }},
 		"RTMR3 that was not signed":                          {statement: func(st *atls.Statement) { st.RTMR3[0] ^= 1 }},
 		"signature changed":                                  {statement: func(st *atls.Statement) { st.Signature[8] ^= 1 }},
+		"quote changed, whose signatures would be dearer to check": {statement: func(st *atls.Statement) {
+			ev := *st.Evidence
+			ev.Quote = bytes.Clone(ev.Quote)
+			ev.Quote[48+520] ^= 1 // report data
+			st.Evidence = &ev
+		}},
 	} {
 		for _, isServer := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, of the server: %v", name, isServer), func(t *testing.T) {
@@ -283,7 +289,14 @@ func TestBadServers(t *testing.T) {
 				takeFrame(c) // until the client refuses
 			}()
 			err = p.dialTo(t.Context(), l.Addr().String())
-			wantCode(t, err, atls.CodeBadFrame, strings.HasPrefix(tc.name, "RESULT ok"))
+			isOK := strings.HasPrefix(tc.name, "RESULT ok")
+			wantCode(t, err, atls.CodeBadFrame, isOK)
+			if !isOK && !strings.Contains(err.Error(), "malformed") {
+				t.Errorf("got %v, want what is malformed, and not that the server went away", err)
+			}
+			if n := p.client.quoted(); tc.hello != nil && n != 0 {
+				t.Errorf("the client made %d quotes for such a hello", n)
+			}
 		})
 	}
 }

@@ -2,6 +2,7 @@ package atls
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -81,12 +82,12 @@ func clip(text string) string {
 	return text[:cut] + "..."
 }
 
-// Failures keeps the last 64 handshakes that failed. The zero value is empty. For many
-// goroutines.
+// Failures keeps the last 64 handshakes that failed. Of these at most half had ended
+// before the peer's evidence was there, unless there are no others: anybody can have as
+// many of them as they like. The zero value is empty. For many goroutines.
 type Failures struct {
 	mu   sync.Mutex
-	list []Failure
-	next int
+	list []Failure // the oldest first
 }
 
 // Add keeps h if it failed.
@@ -97,17 +98,34 @@ func (f *Failures) Add(h Handshake) {
 	kept := NewFailure(h)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if len(f.list) < maxFailures {
-		f.list = append(f.list, kept)
-		return
+	if len(f.list) == maxFailures {
+		f.drop()
 	}
-	f.list[f.next] = kept
-	f.next = (f.next + 1) % maxFailures
+	f.list = append(f.list, kept)
+}
+
+// drop makes room for one more.
+func (f *Failures) drop() {
+	early, first := 0, 0
+	for i := range slices.Backward(f.list) {
+		if f.list[i].isEarly() {
+			early, first = early+1, i
+		}
+	}
+	if early < maxFailures/2 {
+		first = 0
+	}
+	f.list = slices.Delete(f.list, first, first+1)
+}
+
+// isEarly is for what costs a stranger next to nothing.
+func (f *Failure) isEarly() bool {
+	return f.Step == StepTLS || f.Step == StepHello || f.Step == StepWaitEvidence
 }
 
 // List returns them, the oldest first.
 func (f *Failures) List() []Failure {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return append(append([]Failure(nil), f.list[f.next:]...), f.list[:f.next]...)
+	return slices.Clone(f.list)
 }

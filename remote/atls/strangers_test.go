@@ -306,3 +306,28 @@ func BenchmarkStrangers(b *testing.B) {
 		}
 	}
 }
+
+// TestUnattestedClientsGetFewQuotes lets those who prove nothing spend a quote a second,
+// which is no matter to a peer that does.
+func TestUnattestedClientsGetFewQuotes(t *testing.T) {
+	p := newPair(t, "allow_unattested_clients = true", func(_, _ *atls.Config, l *atls.ListenerConfig) { l.Unattested = []string{"echo"} })
+	p.echo(t)
+	start := time.Now()
+	var refused *atls.Error
+	for range 40 {
+		d, err := atls.NewDialer(atls.Config{Verifier: verifier(t, p.server.entry("server", "other", ""), p.server)}, p.connect)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := d.DialContext(t.Context(), "tcp", p.address, "echo", []string{"server"})
+		if err != nil {
+			refused = wantCode(t, err, atls.CodeBusy, true)
+			continue
+		}
+		c.Close()
+	}
+	if n, most := p.server.quoted(), 9+int(time.Since(start)/time.Second); n > most || refused == nil || refused.RetryAfter <= 0 {
+		t.Errorf("the server made %d quotes for 40 clients that prove nothing, want at most %d, and a time to come again: %v", n, most, refused)
+	}
+	roundTrip(t, p.mustDial(t), "x")
+}

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -275,6 +276,51 @@ func TestEgressIdle(t *testing.T) {
 	if b, err := io.ReadAll(c); err != nil || len(b) != 12 {
 		t.Errorf("got %d bytes and %v, want 12 and the end", len(b), err)
 	}
+}
+
+// TestEgressIdlePipes holds no pipe, by which the kernel copies, for relays that are
+// silent: the descriptors would be three times as many.
+func TestEgressIdlePipes(t *testing.T) {
+	const relays = 20
+	address := backEnd(t, func(c net.Conn) { io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c}) }) // without a pipe
+	_, socket := startEgress(t, forward.EgressConfig{Allow: destinations(t, address)})
+	message := bytes.Repeat([]byte("x"), 1<<20)
+	before := pipes(t)
+	for range relays {
+		c, err := forward.Through(socket)(t.Context(), "tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		go c.Write(message)
+		answer := make([]byte, len(message))
+		if _, err := io.ReadFull(c, answer); err != nil || !bytes.Equal(answer, message) {
+			t.Fatalf("what comes back is not what was sent: %v", err)
+		}
+	}
+	for deadline := time.Now().Add(20 * time.Second); pipes(t) > before+2; {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d silent relays hold %d descriptors of pipes", relays, pipes(t)-before)
+		}
+		runtime.GC() // what is kept for the next that copies goes with it
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// pipes counts this process's descriptors of pipes.
+func pipes(t *testing.T) (n int) {
+	t.Helper()
+	all, err := filepath.Glob("/proc/self/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range all {
+		if to, _ := os.Readlink(fd); strings.HasPrefix(to, "pipe:") {
+			n++
+		}
+	}
+	return n
 }
 
 func TestParseDestination(t *testing.T) {
