@@ -66,6 +66,21 @@ type Ledger struct {
 	size    int64      // bytes of the file that records came from
 	bytes   int        // JSON size of all events
 	damage  error      // the file is damaged in the middle, not merely torn at its end, or it is gone
+	mended  Recoveries
+}
+
+// Recoveries counts what a [Ledger] has mended after a crash or a reboot.
+type Recoveries struct {
+	Torn      int // records that were not written to their end
+	TakenBack int // intents that were never extended
+	SetAside  int // logs of an earlier boot
+}
+
+// Recoveries says what was mended since the log was opened.
+func (l *Ledger) Recoveries() Recoveries {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.mended
 }
 
 // Entry is an event to be recorded.
@@ -329,7 +344,11 @@ func (l *Ledger) reconcile(live Digest) error {
 			return nil
 		}
 		if n := len(l.records); n > 0 && live == l.records[n-1].Prev {
-			return l.takeBack()
+			if err := l.takeBack(); err != nil {
+				return err
+			}
+			l.mended.TakenBack++
+			return nil
 		}
 		if adopted, err := l.adopt(l.tail(), live); adopted || err != nil {
 			return err

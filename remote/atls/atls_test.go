@@ -25,6 +25,7 @@ import (
 	"tdx-agent/measure/tdxsim"
 	"tdx-agent/remote"
 	"tdx-agent/remote/atls"
+	"tdx-agent/remote/cache"
 	"tdx-agent/remote/collateral"
 	"tdx-agent/remote/dcap"
 )
@@ -481,6 +482,11 @@ func TestKeyMode(t *testing.T) {
 		}
 	}
 	quotes(1)
+	for _, counts := range []atls.Counts{p.listener.Counts(), p.dialer.Counts()} {
+		if counts.KeyMode != (cache.Counts{Hits: 3, Misses: 1}) {
+			t.Errorf("key mode was counted as %+v", counts.KeyMode)
+		}
+	}
 	p.server.emit(t, "more", nil)
 	p.client.emit(t, "more", nil)
 	if c := p.mustDial(t); c.Peer().KeyMode {

@@ -66,6 +66,7 @@ type end struct {
 	// reasons bounds the forged quotes that are looked into further, for an operator to
 	// read why: an event log is more work than a signature.
 	reasons *rate.Limiter
+	counted counters
 
 	mu      sync.Mutex // guards what follows
 	leaf    *tls.Certificate
@@ -213,6 +214,7 @@ type Peer struct {
 	evidence   *measure.Evidence
 	reportData measure.ReportData
 	life       time.Duration // of the certificate, if there was one
+	notAfter   time.Time     // the same
 }
 
 // Assurance is "quote", "key" or "certificate", by how the peer attested, or "none".
@@ -227,6 +229,10 @@ func (p *Peer) Assurance() string {
 	}
 	return modeQuote
 }
+
+// CertificateEnd is when the certificate ends that the evidence was in; zero: there was
+// none.
+func (p *Peer) CertificateEnd() time.Time { return p.notAfter }
 
 // Evidence is what the peer showed, nil if it proved nothing.
 func (p *Peer) Evidence() *measure.Evidence { return p.evidence }
@@ -325,8 +331,10 @@ func (e *end) usable(agentKey [32]byte) (*kept, bool) {
 func (e *end) wants(agentKey []byte, modes []string) string {
 	if len(agentKey) == 32 && slices.Contains(modes, modeKey) && e.cfg.Verifier.Policy().AllowsKeys() {
 		if _, ok := e.usable([32]byte(agentKey)); ok {
+			e.counted.keyHits.Add(1)
 			return modeKey
 		}
+		e.counted.keyMisses.Add(1)
 	}
 	return modeQuote
 }

@@ -203,5 +203,8 @@ func (d *Dialer) talk(ctx context.Context, raw net.Conn, address, service string
 // Channels lists the open ones that d has opened.
 func (d *Dialer) Channels() []*Conn { return d.end.channels() }
 
+// Counts says what d has counted.
+func (d *Dialer) Counts() Counts { return d.end.counted.read() }
+
 // Reappraise is [Listener.Reappraise] for the channels that d has opened.
 func (d *Dialer) Reappraise(ctx context.Context) (denied int) { return d.end.reappraiseAll(ctx) }

@@ -138,7 +138,8 @@ func (h *handshake) handshakeRATLS(ctx context.Context, raw net.Conn, cfg *tls.C
 	h.step = StepVerify
 	h.peer.Result, h.peer.Certificate, h.peer.VerifiedAt = proven.Result, true, proven.Result.At
 	h.peer.evidence, h.peer.reportData, h.peer.life = proven.evidence, proven.reportData, proven.life
-	return max(state.PeerCertificates[0].NotAfter.Sub(h.cfg.Now()), time.Second), nil
+	h.peer.notAfter = state.PeerCertificates[0].NotAfter
+	return max(h.peer.notAfter.Sub(h.cfg.Now()), time.Second), nil
 }
 
 // appraiseChain judges what the peer shows. p gets what it proves.
