@@ -95,8 +95,10 @@ func (h *handshake) ratlsConfig(ctx context.Context) (*tls.Config, error) {
 	}
 	h.step = StepSendEvidence
 	err := within(ctx, limitAttest, func(ctx context.Context) (err error) {
-		h.leaf, err = h.cfg.RATLS.Certificate(ctx)
-		return err
+		if h.leaf, err = h.cfg.RATLS.Certificate(ctx); err != nil {
+			return &ownError{err}
+		}
+		return nil
 	})
 	if err != nil {
 		return nil, err
