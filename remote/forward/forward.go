@@ -98,10 +98,11 @@ func (s *Service) connect(ctx context.Context, c *atls.Conn) (net.Conn, error) {
 }
 
 // Outbound accepts local connections until ctx ends, and connects each with a channel
-// of its own that dial opens. It closes l.
+// of its own that dial opens. The context of dial ends when the client has gone without
+// having sent anything: nobody else would use the channel. Outbound closes l.
 func Outbound(ctx context.Context, l net.Listener, log *slog.Logger, dial func(context.Context) (net.Conn, error)) error {
 	return each(ctx, l, maxConnections, log, func(local net.Conn) {
-		c, err := dial(ctx)
+		c, err := whileThere(ctx, local, dial)
 		if err != nil {
 			log.Warn("no channel", "error", err)
 			return

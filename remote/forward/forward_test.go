@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,7 +19,28 @@ import (
 // local is a client of an Outbound whose channels are what dial opens.
 func local(t *testing.T, dial func(context.Context) (net.Conn, error)) *net.TCPConn {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	return localAt(t, "tcp", "127.0.0.1:0", dial).(*net.TCPConn)
+}
+
+func localUnix(t *testing.T, dial func(context.Context) (net.Conn, error)) *net.UnixConn {
+	t.Helper()
+	return localAt(t, "unix", filepath.Join(shortDir(t), "s"), dial).(*net.UnixConn)
+}
+
+// shortDir is a folder for a socket: a test's own has too long a path.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "forward")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func localAt(t *testing.T, network, address string, dial func(context.Context) (net.Conn, error)) net.Conn {
+	t.Helper()
+	l, err := net.Listen(network, address)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,13 +53,13 @@ func local(t *testing.T, dial func(context.Context) (net.Conn, error)) *net.TCPC
 			t.Error(err)
 		}
 	})
-	c, err := net.Dial("tcp", l.Addr().String())
+	c, err := net.Dial(network, l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
 	c.SetDeadline(time.Now().Add(20 * time.Second))
-	return c.(*net.TCPConn)
+	return c
 }
 
 // TestHalfClose lets a client end what it sends and still get its answer.
