@@ -213,7 +213,7 @@ func (d *Dialer) once(ctx context.Context, network, address, service string, ent
 		return nil, failed
 	}
 	if !stop() {
-		c.Close()
+		c.Cut()
 		return nil, fmt.Errorf("atls: dial %s: %w", address, ctx.Err())
 	}
 	return c, nil

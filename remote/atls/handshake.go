@@ -61,8 +61,8 @@ func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, e
 		return h, err
 	}
 	h.leaf = leaf
-	if h.conn = tls.Client(raw, cfg); role == Server {
-		h.conn = tls.Server(raw, cfg)
+	if h.conn = tls.Client(wire{raw}, cfg); role == Server {
+		h.conn = tls.Server(wire{raw}, cfg)
 	}
 	h.enter(StepTLS, limitTLS)
 	if err := h.conn.HandshakeContext(ctx); err != nil {

@@ -135,7 +135,7 @@ func (l *Listener) handshake(raw net.Conn, a *admitted) {
 	select {
 	case l.ready <- c:
 	case <-l.ctx.Done():
-		c.Close()
+		c.Cut()
 	}
 }
 

@@ -123,8 +123,8 @@ func (h *handshake) handshakeRATLS(ctx context.Context, raw net.Conn, cfg *tls.C
 		}
 		return err
 	}
-	if h.conn = tls.Client(raw, cfg); h.role == Server {
-		h.conn = tls.Server(raw, cfg)
+	if h.conn = tls.Client(wire{raw}, cfg); h.role == Server {
+		h.conn = tls.Server(wire{raw}, cfg)
 	}
 	h.enter(StepTLS, limitTLS+limitVerify)
 	if err := h.conn.HandshakeContext(ctx); err != nil {

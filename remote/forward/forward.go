@@ -6,8 +6,8 @@
 // Both end with their context. A connection ends with its channel, which is cut when its
 // session is over and its drain too. [Egress] dials for processes without a network.
 //
-// What is cut short does not look like an end to a local TCP peer, which gets a reset:
-// whoever is between two channels' ends can cut them. Unix sockets have no such word: what
+// What is cut short does not look like an end to a local TCP peer, which gets a reset, nor
+// to the peer of the channel: whoever is between two channels' ends can cut them. Unix sockets have no such word: what
 // is cut there reads like an end. Where the protocol above does not say how long a message
 // is, give the service a TCP port on the loopback address.
 package forward
@@ -68,6 +68,7 @@ func Inbound(ctx context.Context, l *atls.Listener, log *slog.Logger, services m
 		local, err := s.connect(ctx, c)
 		if err != nil {
 			log.Warn("the local service does not answer", "service", name, "ref", c.Peer().Ref, "error", err)
+			end(c, false)
 			return
 		}
 		join(ctx, c, local, 0)
@@ -105,6 +106,7 @@ func Outbound(ctx context.Context, l net.Listener, log *slog.Logger, dial func(c
 		c, err := whileThere(ctx, local, dial)
 		if err != nil {
 			log.Warn("no channel", "error", err)
+			end(local, false)
 			return
 		}
 		join(ctx, local, c, 0)
@@ -199,10 +201,16 @@ func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
 	group.Wait()
 }
 
-// end closes a connection, with a reset if it can and not all was sent that was to be.
+// end closes a connection, in a way that does not look like an end if it can and not all
+// was sent that was to be.
 func end(c net.Conn, isWhole bool) {
-	if tcp, ok := c.(*net.TCPConn); ok && !isWhole {
-		tcp.SetLinger(0)
+	if !isWhole {
+		switch c := c.(type) {
+		case *net.TCPConn:
+			c.SetLinger(0) // a reset
+		case interface{ Cut() }:
+			c.Cut()
+		}
 	}
 	c.Close()
 }
