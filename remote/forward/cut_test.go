@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"testing"
 
 	"tdx-agent/remote/forward"
@@ -44,8 +47,27 @@ func TestServiceBreaksOff(t *testing.T) {
 
 // TestNoChannelIsNoAnswer does not look like an answer of no bytes.
 func TestNoChannelIsNoAnswer(t *testing.T) {
-	c := local(t, func(context.Context) (net.Conn, error) { return nil, errors.New("no channel") })
+	there := make(chan struct{})
+	c := local(t, func(context.Context) (net.Conn, error) { <-there; return nil, errors.New("no channel") })
+	close(there)
 	if _, err := c.Read(make([]byte, 1)); err == nil || err == io.EOF {
 		t.Errorf("read %v, want a reset", err)
+	}
+}
+
+// TestHTTPBreaksOff has a back end break off an answer whose length nothing says.
+func TestHTTPBreaksOff(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, "half")
+		w.(http.Flusher).Flush()
+		panic(http.ErrAbortHandler)
+	}))
+	srv.Config.ErrorLog = log.New(io.Discard, "", 0)
+	t.Cleanup(srv.Close)
+	p := newPair(t, map[string]forward.Service{"web": {Dial: to(srv.Listener.Addr().String()), HTTP: true}}, newMachine(t, "client", true), "client", "")
+	c := p.dial(t, p.dialer, "web")
+	io.WriteString(c, "GET / HTTP/1.0\r\n\r\n")
+	if b, err := io.ReadAll(c); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("got %q, %v", b, err)
 	}
 }

@@ -7,9 +7,10 @@
 // session is over and its drain too. [Egress] dials for processes without a network.
 //
 // What is cut short does not look like an end to a local TCP peer, which gets a reset, nor
-// to the peer of the channel: whoever is between two channels' ends can cut them. Unix sockets have no such word: what
-// is cut there reads like an end. Where the protocol above does not say how long a message
-// is, give the service a TCP port on the loopback address.
+// to the peer of the channel: whoever is between two channels' ends can cut them. A local
+// peer on a Unix socket gets a reset (ECONNRESET) if it has sent anything; to one that has
+// only listened a cut reads like an end. Where the protocol above does not say how long a
+// message is, give such a service a TCP port on the loopback address.
 package forward
 
 import (
@@ -175,9 +176,11 @@ func accept(ctx context.Context, l net.Listener, log *slog.Logger) (net.Conn, er
 }
 
 // join copies both ways until both ends are done, ctx ends, one way fails, or neither way
-// carries anything for about idle (0: for however long). It closes b; a is the caller's.
+// carries anything for about idle (0: for however long). It closes both.
 func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
-	defer b.Close()
+	if idle == 0 { // one of them is a channel, so the kernel cannot copy
+		a, b = cuttable(a), cuttable(b)
+	}
 	var isWhole [2]atomic.Bool // from a to b, from b to a
 	defer context.AfterFunc(ctx, func() { end(a, isWhole[1].Load()); end(b, isWhole[0].Load()) })()
 	var group sync.WaitGroup
@@ -186,7 +189,7 @@ func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
 		group.Go(func() {
 			from, to := way[0], way[1]
 			var err error
-			if idle == 0 { // one of them is a channel, so the kernel cannot copy
+			if idle == 0 {
 				err = carry(to, from)
 			} else {
 				err = moved.copy(i, to, from, idle)
@@ -199,6 +202,8 @@ func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
 		})
 	}
 	group.Wait()
+	end(a, isWhole[1].Load())
+	end(b, isWhole[0].Load())
 }
 
 // end closes a connection, in a way that does not look like an end if it can and not all

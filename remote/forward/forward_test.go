@@ -117,30 +117,21 @@ func TestCutOff(t *testing.T) {
 // TestPauses carries bursts of every size, with pauses between them in which no large
 // buffer is held.
 func TestPauses(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	go func() {
-		c, err := l.Accept()
-		if err != nil {
-			return
-		}
-		defer c.Close()
-		io.Copy(c, c)
-	}()
-	c := local(t, func(context.Context) (net.Conn, error) { return net.Dial("tcp", l.Addr().String()) })
-	for _, size := range []int{1, 1023, 1024, 1025, 40 << 10, 1024, 200 << 10, 3} {
-		sent, got := make([]byte, size), make([]byte, size)
-		for i := range sent {
-			sent[i] = byte(i * size)
-		}
-		go c.Write(sent)
-		if _, err := io.ReadFull(c, got); err != nil || !bytes.Equal(got, sent) {
-			t.Fatalf("%d bytes came back as others: %v", size, err)
-		}
-		time.Sleep(60 * time.Millisecond) // longer than a large buffer waits
+	peer := backEnd(t, echo)
+	for name, c := range map[string]net.Conn{"tcp": local(t, to(peer)), "unix": localUnix(t, to(peer))} {
+		t.Run(name, func(t *testing.T) {
+			for _, size := range []int{1, 1, 1023, 1024, 1025, 40 << 10, 1024, 200 << 10, 3} {
+				sent, got := make([]byte, size), make([]byte, size)
+				for i := range sent {
+					sent[i] = byte(i*size + i>>8)
+				}
+				go c.Write(sent)
+				if _, err := io.ReadFull(c, got); err != nil || !bytes.Equal(got, sent) {
+					t.Fatalf("%d bytes came back as others: %v", size, err)
+				}
+				time.Sleep(60 * time.Millisecond) // longer than a large buffer waits
+			}
+		})
 	}
 }
 

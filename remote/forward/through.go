@@ -35,7 +35,7 @@ func (e *EgressError) Timeout() bool { return e.Status == http.StatusGatewayTime
 // addresses by way of the [Egress] at a Unix socket. Names are looked up there. Its error
 // for what the Egress refuses is an [EgressError]. Where a destination resets a
 // connection, what comes through the socket is its end: what must be whole says so itself,
-// as TLS does.
+// as TLS does. The other way a reset arrives as one.
 func Through(socket string) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		if !strings.HasPrefix(network, "tcp") {
@@ -47,13 +47,14 @@ func Through(socket string) func(ctx context.Context, network, address string) (
 		// The Egress is a little less patient, and says why.
 		ctx, cancel := context.WithTimeout(ctx, connectTimeout+requestTimeout)
 		defer cancel()
-		c, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+		plain, err := new(net.Dialer).DialContext(ctx, "unix", socket)
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
 			return nil, fmt.Errorf("no egress answers at %s; start tdx-agent egress: %w", socket, err)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("egress: %w", err)
 		}
+		c := cuttable(plain) // so that the Egress can be told of a cut, whose answer is there
 		stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 		err = requestConnect(c, address)
 		if !stop() && err == nil {
