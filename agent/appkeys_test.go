@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"log/slog"
 	"math/big"
 	"os"
 	"strings"
@@ -76,6 +77,41 @@ func TestKeysAreTheMeasuredProviders(t *testing.T) {
 	}
 	if _, err := d.measuredKeys(t.Context(), later); err != nil {
 		t.Errorf("a provider that has failed once is not asked again: %v", err)
+	}
+}
+
+// idleDaemon is an agent that serves nobody, before its boot step, which boot runs.
+func idleDaemon(t *testing.T) (d *daemon, boot func()) {
+	t.Helper()
+	cfg := newConfig()
+	dir, err := serverRuntimeDir(t.TempDir(), true)
+	check(t, err)
+	back, err := openBackend(cfg, dir, true)
+	check(t, err)
+	t.Cleanup(func() { back.close() })
+	l, err := openLedger(t.Context(), cfg, dir, back)
+	check(t, err)
+	t.Cleanup(func() { l.Close() })
+	files := measure.SampleApp()
+	d, err = newDaemon(t.Context(), cfg, dir, back, l, "", files, slog.New(slog.DiscardHandler))
+	check(t, err)
+	return d, func() {
+		t.Helper()
+		_, err := measureBoot(t.Context(), cfg, dir, l, files)
+		check(t, err)
+	}
+}
+
+// TestNoKeysBeforeTheBootStep: until RTMR3 says whose keys they are to be, nobody gets
+// any, of whatever provider.
+func TestNoKeysBeforeTheBootStep(t *testing.T) {
+	d, boot := idleDaemon(t)
+	if _, err := d.appKeys(t.Context()); err == nil || !strings.Contains(err.Error(), "the boot step has not finished") || exitCode(err) != exitDenied {
+		t.Errorf("before the boot step: %v", err)
+	}
+	boot()
+	if _, err := d.appKeys(t.Context()); err != nil {
+		t.Errorf("after it: %v", err)
 	}
 }
 

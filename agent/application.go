@@ -134,6 +134,9 @@ func checkPrefixes(key string, prefixes []string, granted bool, grant string) er
 	if len(prefixes) > 0 && !granted {
 		return fmt.Errorf("%s is given without the grant %q", key, grant)
 	}
+	if prefixes != nil && len(prefixes) == 0 {
+		return fmt.Errorf("%s is empty, so nothing could match: leave it out for the default, or remove the grant %q", key, grant)
+	}
 	if len(prefixes) > maxPrefixes {
 		return fmt.Errorf("%s has %d members, want at most %d", key, len(prefixes), maxPrefixes)
 	}
@@ -261,22 +264,31 @@ func (s guestSocket) access() status.Access {
 	return status.Access{Socket: s.listener.Addr().String(), Application: s.application, Grants: describe(s.grants), UIDs: s.callers}
 }
 
-// rawNotes says which sockets give keys without saying so: a provider that hands out
-// keys for a quote cannot tell the agent's from one that a caller has asked for.
-func (d *daemon) rawNotes(keyProvider string) (notes []string) {
+// keyNotes says which sockets give keys without saying so: a provider that hands out
+// keys for evidence cannot tell the agent's from what a caller has asked for. A KMS
+// takes that of any certificate's key, and a local provider only report data of its own.
+func (d *daemon) keyNotes(keyProvider string) (notes []string) {
 	var p struct{ Name string }
-	if json.Unmarshal([]byte(keyProvider), &p) != nil || p.Name != "kms" && p.Name != "local-sgx" {
+	if json.Unmarshal([]byte(keyProvider), &p) != nil {
 		return nil
 	}
+	opens := map[string][]string{"kms": {describeRaw, describeCert, describeEvidence}, "local-sgx": {describeRaw}}[p.Name]
 	for _, a := range d.access {
-		if slices.Contains(a.Grants, describeRaw) {
-			notes = append(notes, fmt.Sprintf("socket %s: raw report data equals access to the application's keys, since key provider %q gives them for a quote", a.Socket, p.Name))
+		for _, grant := range opens {
+			if slices.Contains(a.Grants, grant) {
+				notes = append(notes, fmt.Sprintf("socket %s: the grant of %s equals access to the application's keys, since key provider %q gives them for such evidence", a.Socket, grant, p.Name))
+			}
 		}
 	}
 	return notes
 }
 
-const describeRaw = "raw report data"
+// What a key provider may take for the agent's own evidence.
+const (
+	describeRaw      = "raw report data"
+	describeCert     = "certificates"
+	describeEvidence = "RA-TLS certificate evidence"
+)
 
 // describe lists grants for people.
 func describe(g guestapi.Grants) []string {
@@ -289,7 +301,7 @@ func describe(g guestapi.Grants) []string {
 	add(g.Read, "read")
 	add(g.Quote, "quote")
 	add(g.RawReportData, describeRaw)
-	add(g.Cert, "certificates")
+	add(g.Cert, describeCert)
 	add(g.Sign, "signatures")
 	add(len(g.Keys) > 0, "keys of "+g.Keys.String())
 	add(len(g.Measure) > 0, "events of "+g.Measure.String())

@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -82,6 +83,8 @@ func TestBadApplications(t *testing.T) {
 		{"prefix that opens others", "[[application]]\nname = \"a\"\nkey_paths = [\"a\"]\n" + good, `would open "a2/x" too`},
 		{"key_paths without key", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nkey_paths = [\"a/\"]\n", `without the grant "key"`},
 		{"events without measure", "[[application]]\nname = \"a\"\nallow_any_uid = true\ngrants = [\"read\"]\nevents = [\"a/\"]\n", `without the grant "measure"`},
+		{"key_paths that are none", "[[application]]\nname = \"a\"\nkey_paths = []\n" + good, "key_paths is empty"},
+		{"events that are none", "[[application]]\nname = \"a\"\nevents = []\n" + good, "events is empty"},
 		{"events with a colon", "[[application]]\nname = \"a\"\nevents = [\"a:\"]\n" + good, "has a colon"},
 		{"declared twice", "[[application]]\nname = \"a\"\n" + good + "[[application]]\nname = \"a\"\n" + good, "declared twice"},
 		{"unknown key", "[[application]]\nname = \"a\"\nuid = 1\n" + good, `unknown key "application.uid"`},
@@ -150,13 +153,22 @@ func TestApplicationSocketsFromSystemd(t *testing.T) {
 	}
 }
 
-func TestRawReportDataUnderAKeyProvider(t *testing.T) {
-	d := &daemon{access: []status.Access{{Socket: "/s1", Grants: describe((&CompatConfig{RawReportData: true}).grants())},
-		{Socket: "/s2", Grants: describe((&CompatConfig{}).grants())}}}
-	for provider, want := range map[string]int{`{"name":"kms","id":"3059"}`: 1, `{"name":"local-sgx","id":"00"}`: 1, `{"name":"tpm","id":""}`: 0, `{"name":"none","id":""}`: 0, "": 0} {
-		notes := d.rawNotes(provider)
-		if len(notes) != want || want == 1 && !strings.Contains(notes[0], "socket /s1: raw report data equals access to the application's keys") {
-			t.Errorf("%s: %q", provider, notes)
+// TestGrantsThatEqualKeys has sockets with what a key provider takes for the agent's own
+// evidence: see keys.TestEvidenceForAKeyOpensTheKMS.
+func TestGrantsThatEqualKeys(t *testing.T) {
+	cert := ApplicationConfig{Name: "c", Grants: []string{"read", "quote", "cert"}}
+	d := &daemon{access: []status.Access{{Socket: "/raw", Grants: describe((&CompatConfig{RawReportData: true}).grants())},
+		{Socket: "/hashed", Grants: describe((&CompatConfig{}).grants())}, {Socket: "/cert", Grants: describe(cert.grants())},
+		{Socket: "/channel", Grants: []string{"channel evidence", "RA-TLS certificate evidence"}}}}
+	raw := "socket /raw: the grant of raw report data equals access to the application's keys"
+	for provider, want := range map[string][]string{
+		`{"name":"kms","id":"3059"}`: {raw, "socket /cert: the grant of certificates equals access to the application's keys",
+			"socket /channel: the grant of RA-TLS certificate evidence equals access to the application's keys"},
+		`{"name":"local-sgx","id":"00"}`: {raw}, `{"name":"tpm","id":""}`: nil, `{"name":"none","id":""}`: nil, "": nil,
+	} {
+		notes := d.keyNotes(provider)
+		if !slices.EqualFunc(notes, want, strings.HasPrefix) {
+			t.Errorf("%s: %q, want %q", provider, notes, want)
 		}
 	}
 }

@@ -131,5 +131,5 @@ func benchTLS(b *testing.B) *tls.Config {
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
 	check(b, err)
 	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}, InsecureSkipVerify: true, ClientAuth: tls.RequireAnyClientCert,
-		MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true}
+		MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true, CurvePreferences: []tls.CurveID{tls.SecP256r1MLKEM768}} // as channels have it
 }

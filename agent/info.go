@@ -11,6 +11,7 @@ import (
 	"slices"
 
 	"tdx-agent/agent/guestapi"
+	"tdx-agent/agent/keys"
 	"tdx-agent/agent/status"
 	"tdx-agent/measure"
 )
@@ -108,8 +109,13 @@ func (d *daemon) status(ctx context.Context) *status.Status {
 	if d.cfg.givesKeys() && d.keys.absent != nil {
 		st.Notes = append(st.Notes, d.keys.absent.Error())
 	}
+	if f, ok := d.keys.provider.(keys.File); ok {
+		if note := f.Exposed(); note != "" {
+			st.Notes = append(st.Notes, note)
+		}
+	}
 	d.identity(st, events, s)
-	st.Notes = append(st.Notes, d.rawNotes(st.Identity.KeyProvider)...)
+	st.Notes = append(st.Notes, d.keyNotes(st.Identity.KeyProvider)...)
 	if st.Quotes.LastSuccess.IsZero() {
 		why := "no quote was made yet"
 		if d.backend.quoter == nil {

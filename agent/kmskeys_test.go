@@ -359,3 +359,16 @@ func TestRemoteProviders(t *testing.T) {
 		}
 	}
 }
+
+// TestKeysThatComeTooLate arrive when the agent has already dropped what it had.
+func TestKeysThatComeTooLate(t *testing.T) {
+	d, boot := idleDaemon(t)
+	boot()
+	late := keys.Ephemeral{Path: d.dir.appSeed()}
+	d.keys = &appKeys{provider: late, remote: true, patience: time.Minute, here: make(chan struct{}), pending: &pendingKeys{}}
+	d.keys.drop()
+	check(t, d.fetchKeys(t.Context(), time.Second))
+	if app, err := d.appKeys(t.Context()); app != nil || err == nil {
+		t.Errorf("keys are there after they were dropped: %v", err)
+	}
+}

@@ -32,10 +32,11 @@ func newRATLSConfig() RATLSConfig { return RATLSConfig{LegacyOIDs: true} }
 // Certificates on channel.sock (ratls.endpoint, off by default). The processes that face
 // the network make TLS keys of their own, and get evidence for them: they send a public
 // key, and report data is made of it here, under dstack's tag for certificates. So
-// whoever takes over such a process gets no quote for a channel, for an application's
-// data or for a KMS. What he does get, unlike with channels, outlives the connection and
-// the process: a certificate for a key that he takes away, which verifiers of RA-TLS
-// accept from anywhere, since they cannot tell how old its quote is. That is inherent in
+// whoever takes over such a process gets no quote for a channel or for an application's
+// data. What he does get, unlike with channels, outlives the connection and the process:
+// evidence for a key that he takes away, which verifiers of RA-TLS accept from anywhere,
+// since they cannot tell how old its quote is. A KMS is one of these: to it he is the
+// application, whose keys it gives. That is inherent in
 // RA-TLS, and why the setting is off by default, measured into RTMR3 when it is on, and
 // why policies must accept such certificates in so many words. A container cannot ask:
 // channel.sock is open to the endpoint's user and group alone; where raw_report_data is

@@ -123,7 +123,7 @@ func (d *daemon) run(ctx context.Context, listeners map[string]net.Listener, std
 	if l := listeners[socketChannel]; l != nil {
 		grants := []string{"channel evidence"}
 		if d.cfg.RATLS.Endpoint {
-			grants = append(grants, "RA-TLS certificate evidence")
+			grants = append(grants, describeEvidence)
 		}
 		d.access = append(d.access, status.Access{Socket: l.Addr().String(), Grants: grants})
 		d.start(ctx, group, newHTTPServer(d.channelHandler()), l)

@@ -84,8 +84,8 @@ func clip(s string) string {
 // maxLine bounds a line: the texts, each byte of which may become six, and the rest.
 const maxLine = 5*6*(maxText+3) + 1024
 
-// hash is what the next line calls Prev.
-func hash(line []byte) string {
+// lineHash is what the next line calls Prev.
+func lineHash(line []byte) string {
 	sum := sha256.Sum256(line)
 	return hex.EncodeToString(sum[:])
 }

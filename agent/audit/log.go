@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -53,9 +54,9 @@ type Head struct {
 type Log struct {
 	dir string
 	o   Options
-	key []byte
 
 	mu       sync.Mutex // guards what follows
+	mac      hash.Hash  // of requests, with the record's key
 	file     *os.File
 	dev, ino uint64 // of file
 	size     int64  // of what is whole in file
@@ -74,10 +75,11 @@ func Open(dir string, o Options) (*Log, error) {
 		o.Now = time.Now
 	}
 	l := &Log{dir: dir, o: o, head: Head{Hash: first}}
-	var err error
-	if l.key, err = loadKey(filepath.Join(dir, fileKey)); err != nil {
+	key, err := loadKey(filepath.Join(dir, fileKey))
+	if err != nil {
 		return nil, err
 	}
+	l.mac = hmac.New(sha256.New, key)
 	if err := l.open(0); err != nil {
 		return nil, err
 	}
@@ -164,7 +166,7 @@ func (l *Log) resumeAt(lines []byte) {
 	}
 	lines = lines[:len(lines)-1]
 	last := lines[bytes.LastIndexByte(lines, '\n')+1:]
-	l.head.Hash = hash(last)
+	l.head.Hash = lineHash(last)
 	if e, err := parse(last); err == nil {
 		l.head.Seq = e.Seq
 	}
@@ -192,6 +194,8 @@ func readTail(f *os.File) ([]byte, int64, error) {
 // Kind, Request, Lost, Simulated and Prev of e are set here. When the error is not nil the call is
 // not in the record, and the next line will say that one is missing.
 func (l *Log) Call(e Entry, arguments []byte) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	e.Kind = KindCall
 	if arguments != nil {
 		e.Request = l.digest(e.Method, arguments)
@@ -206,17 +210,15 @@ func (l *Log) Call(e Entry, arguments []byte) error {
 }
 
 func (l *Log) digest(method string, arguments []byte) string {
-	mac := hmac.New(sha256.New, l.key)
-	mac.Write([]byte(method))
-	mac.Write([]byte{0})
-	mac.Write(arguments)
-	return hex.EncodeToString(mac.Sum(nil))
+	l.mac.Reset()
+	l.mac.Write([]byte(method))
+	l.mac.Write([]byte{0})
+	l.mac.Write(arguments)
+	return hex.EncodeToString(l.mac.Sum(nil))
 }
 
 // append writes a line, in one write: a crash leaves a whole line or one that broke off.
 func (l *Log) append(e Entry) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	e.Seq, e.Time, e.Prev, e.Lost, e.Simulated = l.head.Seq+1, l.o.Now().UTC(), l.head.Hash, l.head.Lost, l.o.Simulated
 	line, err := json.Marshal(e)
 	if err == nil {
@@ -227,7 +229,7 @@ func (l *Log) append(e Entry) error {
 		l.head.Problem = err.Error()
 		return err
 	}
-	l.head = Head{Seq: e.Seq, Hash: hash(line), Damage: l.head.Damage}
+	l.head = Head{Seq: e.Seq, Hash: lineHash(line), Damage: l.head.Damage}
 	return nil
 }
 

@@ -181,6 +181,6 @@ func (c *Chain) add(line []byte) error {
 		return fmt.Errorf("says that the line before has the hash %s, and it has %s", clip(e.Prev), prev)
 	}
 	c.Entries = append(c.Entries, e)
-	c.hashes = append(c.hashes, hash(line))
+	c.hashes = append(c.hashes, lineHash(line))
 	return nil
 }

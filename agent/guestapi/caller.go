@@ -53,11 +53,11 @@ type accountKey struct {
 	container bool
 	group     uint64
 	cgroup    string
-	pid       int32
 }
 
-// account is the user in his control group, as a process that forks stays in it; where
-// no group is known, the process. A container is one account, whoever calls from it: its
+// account is the user in his control group, as a process that forks stays in it. All
+// whose group is not known are one account, that of callers which ended at once: who
+// forks for every connection has no more of it. A container is one account, whoever calls from it: its
 // root may become any user. Only its group tells which, as anybody may give a group that
 // he may make the name of another's container.
 func (c *Caller) account() accountKey {
@@ -66,8 +66,7 @@ func (c *Caller) account() accountKey {
 	case !c.Known:
 		return accountKey{}
 	case c.CgroupID == 0 && c.Cgroup == "":
-		a.pid = c.PID
-		return a
+		return accountKey{known: true}
 	case c.CgroupID == 0:
 		a.cgroup = c.Cgroup
 	}
@@ -78,7 +77,7 @@ func (c *Caller) account() accountKey {
 }
 
 // Account names whom a caller's calls count against: the user in his control group, or the
-// container; where no group is known, the process.
+// container; or all together whose group is not known.
 func (c Caller) Account() string {
 	a := c.account()
 	who := "uid " + strconv.FormatUint(uint64(a.uid), 10)
@@ -93,7 +92,7 @@ func (c Caller) Account() string {
 	case a.cgroup != "":
 		return who + " cgroup " + a.cgroup
 	}
-	return who + " pid " + strconv.Itoa(int(a.pid))
+	return "no known cgroup"
 }
 
 // maxGroups bounds the control groups whose paths are remembered.

@@ -100,6 +100,11 @@ func TestCallerThatIsGone(t *testing.T) {
 			if c.Cgroup != "" || c.Container != "" {
 				t.Errorf("a process that is gone is in control group %q", c.Cgroup)
 			}
+			// Whoever forks for each connection, and becomes other users, has one account.
+			other := Caller{PID: c.PID + 1, UID: c.UID + 1, Known: true}
+			if c.account() != other.account() || c.account() == (&Caller{}).account() {
+				t.Errorf("it is account %q, and the next one %q", c.Account(), other.Account())
+			}
 		})
 	}
 }
@@ -209,7 +214,7 @@ func TestAccount(t *testing.T) {
 	base := Caller{PID: 7, UID: 1000, Known: true}
 	for want, c := range map[string]Caller{
 		"unknown":            {},
-		"uid 1000 pid 7":     base,
+		"no known cgroup":    base,
 		"uid 1000 cgroup 12": {PID: 7, UID: 1000, Known: true, CgroupID: 12, Cgroup: "/a"},
 		"uid 1000 cgroup /a": {PID: 7, UID: 1000, Known: true, Cgroup: "/a"},
 		// A container is one caller, and what its id says is not asked.

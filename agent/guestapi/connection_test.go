@@ -94,18 +94,36 @@ func TestCallerIsUnknownOverTCP(t *testing.T) {
 	s := guestapi.NewServer(config(guestapi.Dstack, g))
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(ln) }()
-	conn, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
+	ask := func(address string) reply {
+		t.Helper()
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		io.WriteString(conn, get("/GetQuote"))
+		raw, err := io.ReadAll(conn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return parse(t, string(raw))
 	}
-	io.WriteString(conn, get("/GetQuote"))
-	raw, err := io.ReadAll(conn)
-	if err != nil || parse(t, string(raw)).status != 200 {
-		t.Errorf("%v: %.80q", err, raw)
+	if r := ask(ln.Addr().String()); r.status != 200 {
+		t.Errorf("%.80q", r.raw)
 	}
 	if g.lastCaller().Known {
 		t.Errorf("caller is %+v, want unknown", g.lastCaller())
 	}
+	// Unknown is nobody's number, and not root's either.
+	cfg := config(guestapi.Dstack, g)
+	cfg.OnlyUIDs = []uint32{0}
+	if ln, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		t.Fatal(err)
+	}
+	only := guestapi.NewServer(cfg)
+	go only.Serve(ln)
+	defer only.Shutdown(t.Context())
+	wantError(t, ask(ln.Addr().String()), 400, 8, "this socket is for other users than yours (unknown)")
 	if err := s.Shutdown(t.Context()); err != nil {
 		t.Error(err)
 	}

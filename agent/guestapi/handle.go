@@ -21,6 +21,9 @@ import (
 const (
 	maxBody      = 64 << 10
 	maxLargeBody = 1 << 20
+	// maxDrained is how much of a body that is too large is read all the same: many
+	// clients look for an answer only when they have sent everything.
+	maxDrained = 10 << 20
 )
 
 const (
@@ -95,7 +98,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		answer = s.notFound()
 	case r.Method != http.MethodGet && r.Method != http.MethodPost:
 		o := outcome{status: http.StatusMethodNotAllowed, exit: exitUsage, text: "want GET or POST"}
-		answer = o.answer(encodingJSON)
+		answer = s.record(&c, o.answer(encodingJSON), time.Since(start))
 		answer.allow = "GET, POST"
 	default:
 		answer = s.call(w, r, &c, peer)
@@ -260,6 +263,9 @@ func (s *Server) payload(w http.ResponseWriter, r *http.Request, limit int) ([]b
 	case err == nil:
 		return body, nil
 	case errors.As(err, &tooLarge):
+		if r.ContentLength <= maxDrained {
+			io.CopyN(io.Discard, r.Body, maxDrained) // until the request's deadline
+		}
 		return nil, badRequest("failed to read data: payload too large, want at most %d bytes", limit)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, &requestError{

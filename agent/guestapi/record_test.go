@@ -98,6 +98,18 @@ func TestRefusalsAreRecorded(t *testing.T) {
 	}
 }
 
+// TestOtherHTTPMethodsAreRecorded: a call for a key leaves its record in any form.
+func TestOtherHTTPMethodsAreRecorded(t *testing.T) {
+	var rec recorder
+	cfg := keyConfig(t, guestapi.Dstack)
+	cfg.Audit = rec.record
+	path := serve(t, cfg)
+	wantError(t, exchange(t, path, strings.Replace(get("/GetKey?path=a"), "GET", "PUT", 1)), 405, 2, "want GET or POST")
+	if got := rec.next(); len(got) != 1 || got[0].Method != "GetKey" || got[0].Class != guestapi.ClassKey || got[0].Exit != 2 {
+		t.Errorf("records are %+v", got)
+	}
+}
+
 func TestCallsAreRecorded(t *testing.T) {
 	var rec recorder
 	cfg := keyConfig(t, guestapi.Dstack)

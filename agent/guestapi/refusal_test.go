@@ -162,6 +162,18 @@ func TestOversizeBody(t *testing.T) {
 	}
 	wantError(t, parse(t, string(raw)), 400, 2, "payload too large")
 
+	// One that dstack would take is refused when all of it is there: more than fits into
+	// the socket, so that a client would see a broken connection instead.
+	large := postJSON("/prpc/TdxQuote", strings.Repeat(" ", 4<<20))
+	conn = dial(t, path)
+	if n, err := io.WriteString(conn, large); err != nil {
+		t.Errorf("the connection broke after %d bytes: %v", n, err)
+	}
+	if raw, err = io.ReadAll(conn); err != nil {
+		t.Error(err)
+	}
+	wantError(t, parse(t, string(raw)), 400, 2, "payload too large")
+
 	r := exchange(t, path, post("/prpc/TdxQuote", "", strings.Repeat("x", limit+1)))
 	if r.status != 400 || !strings.Contains(protoFields(t, r.body)[1], "payload too large") {
 		t.Errorf("protobuf: %q", r.raw)

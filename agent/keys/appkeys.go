@@ -7,6 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
 
 	"tdx-agent/measure"
 )
@@ -15,7 +18,8 @@ import (
 const maxAppKeys = 256 << 10
 
 // File is a .appkeys.json: the keys of any provider, as dstack's boot tools leave
-// them. Path must be a regular file of at most 256 KiB.
+// them. Path must be a regular file of at most 256 KiB that nobody but root and the
+// agent's user can have written: whoever did has chosen the keys.
 type File struct {
 	Path string
 	// KMS issues the certificates if the keys are a KMS's. Nil: nobody does.
@@ -32,10 +36,38 @@ func (p File) App(context.Context) (*App, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p.Path, err)
 	}
+	if err := p.ours(); err != nil {
+		a.Zero()
+		return nil, err
+	}
 	if a.provider.Kind == measure.KeyProviderKMS {
 		a.kms = p.KMS
 	}
 	return a, nil
+}
+
+// ours demands that nobody else can have written the file.
+func (p File) ours() error {
+	var st unix.Stat_t
+	if err := unix.Lstat(p.Path, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: p.Path, Err: err}
+	}
+	if st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s: belongs to uid %d, want root or the agent's user (%d): its owner can choose the application's keys", p.Path, st.Uid, os.Geteuid())
+	}
+	if st.Mode&0o022 != 0 {
+		return fmt.Errorf("%s: has mode %o, so others can choose the application's keys; want it writable by its owner alone (chmod go-w)", p.Path, st.Mode&0o777)
+	}
+	return nil
+}
+
+// Exposed says that everybody on this machine can read the keys; "" if not.
+func (p File) Exposed() string {
+	var st unix.Stat_t
+	if unix.Lstat(p.Path, &st) != nil || st.Mode&0o004 == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%s has mode %o: every user that sees the path can read the application's keys (chmod o-r)", p.Path, st.Mode&0o777)
 }
 
 // ParseAppKeys reads the text of a .appkeys.json and overwrites b with zeros. Member

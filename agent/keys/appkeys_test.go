@@ -150,6 +150,40 @@ func TestFile(t *testing.T) {
 	}
 }
 
+// TestFileThatOthersWrite has files whose keys somebody else may have chosen, and one
+// whose keys others may know.
+func TestFileThatOthersWrite(t *testing.T) {
+	path := filepath.Join(t.TempDir(), ".appkeys.json")
+	file := keys.File{Path: path}
+	for mode, c := range map[fs.FileMode]struct{ refused, exposed string }{
+		0o600: {}, 0o440: {}, 0o644: {exposed: "has mode 644: every user"}, 0o666: {"has mode 666", "has mode 666"}, 0o620: {refused: "has mode 620"},
+	} {
+		os.Remove(path)
+		if err := os.WriteFile(path, marshal(t, appKeys(t, vectorKey, "")), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		_, err := file.App(t.Context())
+		if (err == nil) != (c.refused == "") || err != nil && !strings.Contains(err.Error(), c.refused) {
+			t.Errorf("mode %o: error is %v, want %q", mode, err, c.refused)
+		}
+		if got := file.Exposed(); (got == "") != (c.exposed == "") || !strings.Contains(got, c.exposed) {
+			t.Errorf("mode %o: exposed %q, want %q", mode, got, c.exposed)
+		}
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a file away")
+	}
+	if err := errors.Join(os.Chmod(path, 0o600), os.Chown(path, 4000000, -1)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := file.App(t.Context()); err == nil || !strings.Contains(err.Error(), "belongs to uid 4000000") {
+		t.Errorf("another's file: error is %v", err)
+	}
+}
+
 func TestSeedFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "seed")
 	for name, c := range map[string]struct {

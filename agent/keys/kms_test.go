@@ -439,6 +439,21 @@ func TestKMSChain(t *testing.T) {
 	}
 }
 
+// TestKMSChainOfAnotherApplication has a KMS that takes us for another application.
+func TestKMSChainOfAnotherApplication(t *testing.T) {
+	s := newKMSSetup(t, nil)
+	app, err := s.kms(t).App(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.measured.AppID = bytes.Repeat([]byte{0xb2}, 20)
+	_, err = app.IssueRandom(t.Context(), keys.CertificateRequest{}, s.guest.attest)
+	var fault *keys.KMSError
+	if !errors.As(err, &fault) || fault.Reason != keys.KMSAnswer || !strings.Contains(err.Error(), `want "app:ca" of b2b2`) {
+		t.Errorf("error is %v", err)
+	}
+}
+
 // TestKMSPrintsNothing looks for the key in whatever can be printed of a KMS and what it
 // gave.
 func TestKMSPrintsNothing(t *testing.T) {

@@ -39,7 +39,28 @@ func selfMadeOf(t testing.TB, curve elliptic.Curve) tls.Certificate {
 }
 
 func tlsOf(t testing.TB) *tls.Config {
-	return &tls.Config{Certificates: []tls.Certificate{selfMade(t)}, InsecureSkipVerify: true, ClientAuth: tls.RequireAnyClientCert, NextProtos: []string{atls.ALPN}, MinVersion: tls.VersionTLS13}
+	return &tls.Config{Certificates: []tls.Certificate{selfMade(t)}, InsecureSkipVerify: true, ClientAuth: tls.RequireAnyClientCert, NextProtos: []string{atls.ALPN}, MinVersion: tls.VersionTLS13,
+		CurvePreferences: atls.KeyExchanges}
+}
+
+// TestKeyExchange has a client with Go's own choices end up with one that outlives
+// quantum computers, and one that knows of none get in all the same.
+func TestKeyExchange(t *testing.T) {
+	p := newPair(t, "")
+	for _, c := range []struct {
+		offers []tls.CurveID
+		want   tls.CurveID
+	}{{nil, tls.SecP256r1MLKEM768}, {[]tls.CurveID{tls.X25519}, tls.X25519}} {
+		cfg := tlsOf(t)
+		cfg.CurvePreferences = c.offers
+		conn := p.stranger(t, cfg)
+		if err := conn.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		if got := conn.ConnectionState().CurveID; got != c.want {
+			t.Errorf("offered %v: got %v, want %v", c.offers, got, c.want)
+		}
+	}
 }
 
 // stranger is a TLS connection to the server without the protocol above it.

@@ -152,11 +152,16 @@ func newLeaf(now time.Time) (*tls.Certificate, error) {
 	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, nil
 }
 
+// keyExchanges is what crypto/tls does less work for than for its own first choice, with
+// the same ML-KEM-768 against whoever keeps what he records: a key of P-256 is made in a
+// third of the time that one of X25519 takes. The latter is for peers without ML-KEM.
+var keyExchanges = []tls.CurveID{tls.SecP256r1MLKEM768, tls.CurveP256, tls.X25519}
+
 // tlsConfig never resumes: a resumed session would have been appraised another time.
 func tlsConfig(leaf *tls.Certificate) *tls.Config {
 	return &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{*leaf}, NextProtos: []string{ALPN},
 		ClientAuth: tls.RequireAnyClientCert, InsecureSkipVerify: true, // who the peer is follows from its evidence alone
-		SessionTicketsDisabled: true, ClientSessionCache: nil}
+		SessionTicketsDisabled: true, ClientSessionCache: nil, CurvePreferences: keyExchanges}
 }
 
 // newSession takes a session from our own side of the connection, after its

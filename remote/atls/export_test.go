@@ -1,5 +1,8 @@
 package atls
 
+// KeyExchanges are those that channels take.
+var KeyExchanges = keyExchanges
+
 // Transcript is the hash of both hello frames.
 var Transcript = transcript
 

@@ -26,7 +26,13 @@ func Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extension, error) {
 // Encoder writes the evidence of one TD for one key after the other, whose event log is
 // mostly the last one's. Its method may be called concurrently; the zero Encoder is one.
 type Encoder struct {
-	log measure.LastLog[pkix.Extension]
+	logs measure.LastLog[writtenLog]
+}
+
+// writtenLog is an event log as certificates carry it.
+type writtenLog struct {
+	legacy   pkix.Extension
+	stripped []measure.Event
 }
 
 // Extensions is [Extensions]. The values are not to be changed.
@@ -42,18 +48,18 @@ func (c *Encoder) Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extensio
 	if err := checkCount(ev.Events); err != nil {
 		return nil, fmt.Errorf("RA-TLS: %w", err)
 	}
-	attestation := measure.NewAttestation(&measure.Evidence{Quote: ev.Quote, Events: strip(ev.Events), VMConfig: ev.VMConfig}, rd)
+	log, err := c.logs.Of(ev.Events, writeLog)
+	if err != nil {
+		return nil, fmt.Errorf("RA-TLS: %w", err)
+	}
+	attestation := measure.NewAttestation(&measure.Evidence{Quote: ev.Quote, Events: log.stripped, VMConfig: ev.VMConfig}, rd)
 	blob, err := attestation.Marshal()
 	if err != nil {
 		return nil, fmt.Errorf("RA-TLS: %w", err)
 	}
 	extensions := make([]pkix.Extension, 0, 3)
 	if attestation.Version == measure.AttestationV0 {
-		log, err := c.log.Of(ev.Events, writeLog)
-		if err != nil {
-			return nil, fmt.Errorf("RA-TLS: %w", err)
-		}
-		extensions = append(extensions, wrap(OIDQuote, ev.Quote), log)
+		extensions = append(extensions, wrap(OIDQuote, ev.Quote), log.legacy)
 	}
 	extensions = append(extensions, wrapOwn(OIDAttestation, blob))
 	for _, e := range extensions {
@@ -67,9 +73,9 @@ func (c *Encoder) Extensions(ev *measure.Evidence, spki []byte) ([]pkix.Extensio
 	return extensions, nil
 }
 
-func writeLog(events []measure.Event) (pkix.Extension, error) {
-	log, err := measure.FormatEventLog(events, true)
-	return wrapOwn(OIDEventLog, log), err
+func writeLog(events []measure.Event) (writtenLog, error) {
+	text, err := measure.FormatEventLog(events, true)
+	return writtenLog{wrapOwn(OIDEventLog, text), strip(events)}, err
 }
 
 // WithoutLegacy returns the extensions that are not there for verifiers before dstack
@@ -87,16 +93,9 @@ func size(extensions []pkix.Extension) (n int) {
 
 // strip returns the events that a certificate keeps.
 func strip(events []measure.Event) []measure.Event {
-	keep := func(e *measure.Event) bool { return e.IMR == measure.RTMR3 || e.MeasuresACPI() }
-	n := 0
+	var kept []measure.Event
 	for i := range events {
-		if keep(&events[i]) {
-			n++
-		}
-	}
-	kept := make([]measure.Event, 0, n) // events are large: once is enough
-	for i := range events {
-		if e := &events[i]; keep(e) {
+		if e := &events[i]; e.IMR == measure.RTMR3 || e.MeasuresACPI() {
 			kept = append(kept, *e)
 		}
 	}
