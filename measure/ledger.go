@@ -69,20 +69,6 @@ type Ledger struct {
 	mended  Recoveries
 }
 
-// Recoveries counts what a [Ledger] has mended after a crash or a reboot.
-type Recoveries struct {
-	Torn      int // records that were not written to their end
-	TakenBack int // intents that were never extended
-	SetAside  int // logs of an earlier boot
-}
-
-// Recoveries says what was mended since the log was opened.
-func (l *Ledger) Recoveries() Recoveries {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.mended
-}
-
 // Entry is an event to be recorded.
 type Entry struct {
 	Name    string
