@@ -274,8 +274,8 @@ func (d *daemon) guestSockets(listeners map[string]net.Listener) []guestSocket {
 func (d *daemon) guestServer(s guestSocket) *guestapi.Server {
 	return guestapi.NewServer(guestapi.Config{Surface: s.surface, Grants: s.grants, OnlyUIDs: s.callers, Limits: s.limits, Guest: &socketGuest{d, s.part}, Keys: d.appKeys,
 		Audit: func(r guestapi.Record) error { return d.record(s.name, r) }, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait,
-		Observe: func(method string, status int) {
-			d.metrics.called(cmp.Or(s.application, s.surface.String()), method, status)
+		Observe: func(method string, status int, isThrottled bool) {
+			d.metrics.called(cmp.Or(s.application, s.surface.String()), method, status, isThrottled)
 		}})
 }
 

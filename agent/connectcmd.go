@@ -197,7 +197,7 @@ func (f *dialFlags) serve(cmd *cobra.Command, g *globals, all []outbound) error 
 	}
 	group, ctx := errgroup.WithContext(cmd.Context())
 	reload.start(ctx, group, d.Reappraise)
-	if err := f.report.start(ctx, group, g, log, "connect", f.peersSocket, reload.verifier, d.Channels); err != nil {
+	if err := f.report.start(ctx, group, g, log, "connect", f.peersSocket, reload.verifier, d); err != nil {
 		return err
 	}
 	for _, o := range all {

@@ -99,6 +99,7 @@ func (f *channelFlags) config(ctx context.Context, g *globals, log *slog.Logger,
 	reload = f.reloader(v, store, log)
 	if f.ratls {
 		cfg.RATLS, reload.renewer, err = ratlsEnd(g, log, certificates)
+		f.report.renewer = reload.renewer
 	}
 	return cfg, reload, err
 }
@@ -218,7 +219,7 @@ func (f *endpointFlags) run(cmd *cobra.Command, g *globals, cfg *Config) error {
 	}
 	group, ctx := errgroup.WithContext(cmd.Context())
 	reload.start(ctx, group, l.Reappraise)
-	if err := f.report.start(ctx, group, g, log, "endpoint", f.peersSocket, ends.Verifier, l.Channels); err != nil {
+	if err := f.report.start(ctx, group, g, log, "endpoint", f.peersSocket, ends.Verifier, l); err != nil {
 		l.Close()
 		return err
 	}

@@ -17,6 +17,7 @@ import (
 	"tdx-agent/measure"
 	"tdx-agent/remote"
 	"tdx-agent/remote/atls"
+	"tdx-agent/remote/cache"
 )
 
 // Labels have the program's own words as values, and names that the operator has given
@@ -73,6 +74,17 @@ func (w *snapshotWriter) gauge(name, help string, value float64, labels ...strin
 	w.add(prometheus.GaugeValue, name, help, value, labels...)
 }
 
+func (w *snapshotWriter) count(name, help string, n uint64, labels ...string) {
+	w.add(prometheus.CounterValue, name, help, float64(n), labels...)
+}
+
+// lookups counts those of a cache.
+func (w *snapshotWriter) lookups(name string, c cache.Counts) {
+	const help = "Look-ups of what was verified before. Cache key_mode: peers that may use key mode, and were asked for a signature or for a quote."
+	w.count("cache_lookups_total", help, c.Hits, "cache", name, "result", "hit")
+	w.count("cache_lookups_total", help, c.Misses, "cache", name, "result", "miss")
+}
+
 func (w *snapshotWriter) flag(name, help string, is bool, labels ...string) {
 	value := 0.0
 	if is {
@@ -93,15 +105,16 @@ func (w *snapshotWriter) moment(name, help string, t time.Time) {
 // agentMetrics are those of serve.
 type agentMetrics struct {
 	metricSet
-	quotes, calls *prometheus.CounterVec
-	took          prometheus.Histogram // of the host
-	foreign       prometheus.Counter
+	quotes, calls, throttled *prometheus.CounterVec
+	took                     prometheus.Histogram // of the host
+	foreign                  prometheus.Counter
 }
 
 func newAgentMetrics(d *daemon) *agentMetrics {
 	m := &agentMetrics{metricSet: newMetricSet()}
 	m.quotes = m.counters("quote_requests_total", "Requests for quotes: local ones of this TD, channel ones for its peers.", "class", "result")
 	m.calls = m.counters("api_requests_total", "Calls of applications, by service or application, method and HTTP status.", "service", "method", "code")
+	m.throttled = m.counters("api_throttled_total", "Calls turned away because too many came.", "service", "method")
 	m.took = m.histogram("quote_duration_seconds", "What the host took for a quote.")
 	m.foreign = prometheus.NewCounter(prometheus.CounterOpts{Name: metricPrefix + "rtmr_foreign_extends_total", Help: "Times that a register was found to differ from its log."})
 	m.registry.MustRegister(m.foreign, snapshot(d.collect))
@@ -143,11 +156,14 @@ func (m *agentMetrics) quoted(class string, err error) {
 }
 
 // called counts a call of an application. method is one of the surface's own, or "".
-func (m *agentMetrics) called(service, method string, code int) {
+func (m *agentMetrics) called(service, method string, code int, isThrottled bool) {
 	if method == "" {
 		method = "unknown"
 	}
 	m.calls.WithLabelValues(service, method, strconv.Itoa(code)).Inc()
+	if isThrottled {
+		m.throttled.WithLabelValues(service, method).Inc()
+	}
 }
 
 // collect adds what status knows. It makes no quote.
@@ -165,8 +181,15 @@ func (d *daemon) collect(w *snapshotWriter) {
 			w.flag("rtmr_log_consistent", "Whether the register is what its event log replays to.", r.Verdict == status.Match, "rtmr", name)
 		}
 		if name != "mrtd" {
-			w.add(prometheus.CounterValue, "rtmr_events_total", "Events in the log of the register.", float64(r.Events), "rtmr", name)
+			w.count("rtmr_events_total", "Events in the log of the register.", uint64(r.Events), "rtmr", name)
 		}
+	}
+	mended := d.ledger.Recoveries()
+	for kind, n := range map[string]int{"torn": mended.Torn, "taken_back": mended.TakenBack, "set_aside": mended.SetAside} {
+		w.count("eventlog_recoveries_total", "What was mended of the RTMR3 log: records that a crash tore, events that it kept from being extended, logs of an earlier boot.", uint64(n), "kind", kind)
+	}
+	if e, ok := d.backend.quoter.(interface{ Conflicts() int64 }); ok {
+		w.count("quote_generation_conflicts_total", "Times that another program was seen to write to the agent's quote entry.", uint64(e.Conflicts()))
 	}
 	q := &s.Quotes
 	const depth = "Quotes that wait for their turn."
@@ -177,7 +200,7 @@ func (d *daemon) collect(w *snapshotWriter) {
 	w.moment("last_quote_failure_timestamp_seconds", "When a quote failed last; 0 if none has.", q.LastFailure)
 	w.flag("audit_writable", "Whether the audit record can be written; only then are keys given.", s.Audit.Problem == "")
 	w.flag("audit_untouched", "Whether nobody else was found to have changed the audit record since the agent started.", s.Audit.Damage == "")
-	w.add(prometheus.CounterValue, "audit_lines_total", "Lines in the chain of the audit record.", float64(s.Audit.Seq))
+	w.count("audit_lines_total", "Lines in the chain of the audit record.", uint64(s.Audit.Seq))
 }
 
 // channelMetrics are those of a process with channels.
@@ -236,16 +259,33 @@ func (r *peerReport) collect(w *snapshotWriter) {
 	w.flag("build_info", "The program.", true, "version", version(), "go", runtime.Version(), "process", r.name)
 	w.moment("start_time_seconds", "When the process started.", r.started)
 	open := map[string]int{}
-	for _, c := range r.channels() {
+	var certificate time.Time
+	for _, c := range r.end.Channels() {
 		open[c.Peer().Assurance()]++
+		if at := c.Peer().CertificateEnd(); !at.IsZero() && (certificate.IsZero() || at.Before(certificate)) {
+			certificate = at
+		}
 	}
 	for _, how := range []string{"certificate", "key", "none", "quote"} {
 		w.gauge("channels_open", "Open channels, by how the peer attested: key is a quote kept from before, certificate is RA-TLS.", float64(open[how]), "assurance", how)
+	}
+	w.moment("peer_cert_expiry_timestamp_seconds", "When the first certificate ends of the peers of open RA-TLS channels, and the channel with it; 0 where there is none.", certificate)
+	if r.renewer != nil {
+		w.moment("own_cert_expiry_timestamp_seconds", "When our own RA-TLS certificate ends, which is renewed long before; 0 where there is none.", r.renewer.Until())
+	}
+	counts := r.end.Counts()
+	const closed = "Connections closed before TLS: their address comes too often, or there is no room for it or at all."
+	w.count("connections_refused_total", closed, counts.TooOften, "reason", "too_often")
+	w.count("connections_refused_total", closed, counts.NoRoom, "reason", "no_room")
+	w.lookups("key_mode", counts.KeyMode)
+	for name, c := range r.verifier.CacheCounts() {
+		w.lookups(name, c)
 	}
 	w.gauge("policy_generation", "Of the policy in force: each reload adds one.", float64(r.verifier.Generation()))
 	h := r.verifier.Collateral().Health()
 	w.gauge("collateral_platforms", "Platforms whose collateral is known.", float64(h.Platforms))
 	w.moment("collateral_expiry_timestamp_seconds", "When the first of the collateral ends; 0 where none is known.", h.Until)
 	w.moment("collateral_last_refresh_timestamp_seconds", "When the last of the collateral became known.", h.Since)
+	w.count("collateral_refresh_failures_total", "Refreshes of known collateral that failed, since the last reload.", h.Failed)
 	w.gauge("collateral_refused_platforms", "Platforms that no source had collateral for, lately.", float64(h.Refused))
 }

@@ -23,7 +23,8 @@ func TestMetrics(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	before := d.attester.Stats().OK
-	d.metrics.called("DstackGuest", "", 404)
+	d.metrics.called("DstackGuest", "", 404, false)
+	d.metrics.called("DstackGuest", "Info", 429, true)
 	for _, err := range []error{nil, &measure.BusyError{}, fmt.Errorf("quote: %w", &measure.DivergenceError{}), context.DeadlineExceeded, context.Canceled, errors.New("host")} {
 		d.metrics.quoted("channel", err)
 	}
@@ -32,7 +33,8 @@ func TestMetrics(t *testing.T) {
 	for _, p := range problems {
 		t.Errorf("%s: %s", p.Metric, p.Text)
 	}
-	for name, want := range map[string]int{"ready": 1, "rtmr_log_consistent": 4, "rtmr_events_total": 4, "quote_queue_depth": 2, "quote_duration_seconds": 1, "api_requests_total": 1, "build_info": 1} {
+	for name, want := range map[string]int{"ready": 1, "rtmr_log_consistent": 4, "rtmr_events_total": 4, "quote_queue_depth": 2, "quote_duration_seconds": 1, "api_requests_total": 2, "api_throttled_total": 1, "build_info": 1,
+		"eventlog_recoveries_total": 3, "quote_generation_conflicts_total": 1} {
 		if n, err := testutil.GatherAndCount(d.metrics.registry, metricPrefix+name); err != nil || n != want {
 			t.Errorf("%s has %d series, %v, want %d", name, n, err, want)
 		}

@@ -20,6 +20,7 @@ import (
 	"tdx-agent/measure"
 	"tdx-agent/remote"
 	"tdx-agent/remote/atls"
+	"tdx-agent/remote/ratls"
 )
 
 // Processes that have channels each say what they know of them on a socket of their own
@@ -38,13 +39,20 @@ type peerReport struct {
 	name     string
 	started  time.Time
 	verifier *remote.Verifier
-	channels func() []*atls.Conn
+	end      channelEnd
 	attester *channelAttester // nil: we prove nothing ourselves
+	renewer  *ratls.Renewer   // nil: we show no RA-TLS certificate
 
 	failures atls.Failures
 	metrics  *channelMetrics
 	lines    *rate.Limiter // of the log, for handshakes that failed
 	unlogged atomic.Int64
+}
+
+// channelEnd is an atls.Listener or an atls.Dialer.
+type channelEnd interface {
+	Channels() []*atls.Conn
+	Counts() atls.Counts
 }
 
 func newPeerReport() *peerReport {
@@ -83,11 +91,11 @@ const maxPeerSockets = 16
 // start answers on a socket until ctx ends. given is its path, "none" for no socket, ""
 // for the first that is free in the runtime directory; where that cannot be had, the
 // process goes on without.
-func (r *peerReport) start(ctx context.Context, group *errgroup.Group, g *globals, log *slog.Logger, name, given string, v *remote.Verifier, channels func() []*atls.Conn) error {
+func (r *peerReport) start(ctx context.Context, group *errgroup.Group, g *globals, log *slog.Logger, name, given string, v *remote.Verifier, end channelEnd) error {
 	if given == "none" {
 		return nil
 	}
-	r.name, r.verifier, r.channels = name, v, channels
+	r.name, r.verifier, r.end = name, v, end
 	l, err := listenPeers(g, name, given)
 	if err != nil {
 		if given != "" {
@@ -187,7 +195,7 @@ func (r *peerReport) document() *status.Peers {
 	accepted, refused := r.metrics.accepted.Load(), r.metrics.refused.Load()
 	p := status.PeerProcess{Name: r.name, PID: os.Getpid(), Started: r.started, Policy: r.verifier.Policy().ID, Generation: r.verifier.Generation(),
 		Accepted: int(accepted), Refused: int(refused), Peers: []status.Peer{}, Failures: r.failed()}
-	for _, c := range r.channels() {
+	for _, c := range r.end.Channels() {
 		p.Peers = append(p.Peers, peerOf(c))
 	}
 	slices.SortFunc(p.Peers, func(a, b status.Peer) int { return a.Opened.Compare(b.Opened) })

@@ -34,8 +34,10 @@ func (c *WorkerConfig) check() error {
 func (d *daemon) workerServer() *guestapi.Server {
 	return guestapi.NewServer(guestapi.Config{Surface: guestapi.Worker, Grants: guestapi.Grants{Read: true, Quote: true}, Guest: &workerGuest{daemon: d}, Keys: d.appKeys,
 		PublicTCBInfo: d.files != nil && d.files.Compose.PublicTCBInfo, Version: version(), Revision: revision(), Logger: d.log, CallTimeout: quoteWait, MaxConns: 64,
-		Pace:    rate.NewLimiter(workerPace, workerPace),
-		Observe: func(method string, status int) { d.metrics.called(guestapi.Worker.String(), method, status) }})
+		Pace: rate.NewLimiter(workerPace, workerPace),
+		Observe: func(method string, status int, isThrottled bool) {
+			d.metrics.called(guestapi.Worker.String(), method, status, isThrottled)
+		}})
 }
 
 // The bounds of what strangers may cost.

@@ -70,6 +70,7 @@ type Ledger struct {
 	size    int64      // bytes of the file that records came from
 	bytes   int        // JSON size of all events
 	damage  error      // the file is damaged in the middle, not merely torn at its end, or it is gone
+	mended  Recoveries
 }
 
 // Entry is an event to be recorded.
@@ -312,7 +313,11 @@ func (l *Ledger) reconcile(live Digest) error {
 			return nil
 		}
 		if n := len(l.records); n > 0 && live == l.records[n-1].Prev {
-			return l.takeBack()
+			if err := l.takeBack(); err != nil {
+				return err
+			}
+			l.mended.TakenBack++
+			return nil
 		}
 		if adopted, err := l.adopt(l.tail(), live); adopted || err != nil {
 			return err

@@ -175,6 +175,35 @@ func TestEarlierBoot(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "rtmr3.log.old")); err != nil {
 		t.Errorf("the earlier boot's log was not kept: %v", err)
 	}
+	if got := l.Recoveries(); got != (measure.Recoveries{SetAside: 1}) {
+		t.Errorf("mended were %+v, want one log set aside", got)
+	}
+}
+
+// TestRecoveries counts what a crash has left behind, once.
+func TestRecoveries(t *testing.T) {
+	dir, bank := t.TempDir(), &memoryBank{}
+	l := openLedger(t, measure.LedgerConfig{Dir: dir, Registers: bank})
+	record(t, l, measure.Entry{Name: "a"})
+	before := bank.regs
+	record(t, l, measure.Entry{Name: "b"})
+	if got := l.Recoveries(); got != (measure.Recoveries{}) {
+		t.Errorf("mended were %+v, want nothing", got)
+	}
+	bank.regs = before // b was written and never extended
+	f, err := os.OpenFile(filepath.Join(dir, "rtmr3.log"), os.O_WRONLY|os.O_APPEND, 0)
+	if err == nil {
+		_, err = f.WriteString("{") // what follows was torn
+		f.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	l = openLedger(t, measure.LedgerConfig{Dir: dir, Registers: bank})
+	record(t, l, measure.Entry{Name: "c"})
+	if got := l.Recoveries(); got != (measure.Recoveries{Torn: 1, TakenBack: 1}) {
+		t.Errorf("mended were %+v, want one torn and one taken back", got)
+	}
 }
 
 func TestDamagedLog(t *testing.T) {

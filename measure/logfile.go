@@ -198,7 +198,10 @@ func (l *Ledger) refresh(force bool) error {
 	}
 	if damage == nil && good < len(b) {
 		// An extend only ever follows a whole record, so a torn one never happened.
-		return l.store.truncate(int64(good))
+		if err := l.store.truncate(int64(good)); err != nil {
+			return err
+		}
+		l.mended.Torn++
 	}
 	return nil
 }
@@ -254,5 +257,20 @@ func (l *Ledger) setAside() error {
 		return fmt.Errorf("set aside the log of an earlier boot: %w", err)
 	}
 	l.records, l.size, l.bytes, l.damage = nil, 0, 0, nil
+	l.mended.SetAside++
 	return nil
+}
+
+// Recoveries counts what a [Ledger] has mended after a crash or a reboot.
+type Recoveries struct {
+	Torn      int // records that were not written to their end
+	TakenBack int // intents that were never extended
+	SetAside  int // logs of an earlier boot
+}
+
+// Recoveries says what was mended since the log was opened.
+func (l *Ledger) Recoveries() Recoveries {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.mended
 }

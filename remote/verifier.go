@@ -97,6 +97,15 @@ func (v *Verifier) Collateral() *collateral.Store { return v.active.Load().store
 // Policy returns the policy in force.
 func (v *Verifier) Policy() *Policy { return v.active.Load().policy }
 
+// CacheCounts says how well a [Verifier] remembers, by what it remembers. What belongs to
+// a policy is counted from that one's beginning.
+func (v *Verifier) CacheCounts() map[string]cache.Counts {
+	a := v.active.Load()
+	keys, verdicts := a.dcap.CacheCounts()
+	return map[string]cache.Counts{"attestation_keys": keys, "tcb_verdicts": verdicts, "collateral": a.store.Counts(),
+		"event_logs": v.logs.known.Counts(), "certificates": v.leaves.Counts()}
+}
+
 // Generation counts the policies that have been in force, from 1: what was concluded
 // under another one may no longer hold.
 func (v *Verifier) Generation() uint64 { return v.active.Load().generation }

@@ -108,7 +108,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-App-Version", "v"+s.cfg.Version+" ("+s.cfg.Revision+")")
 	}
 	answer.write(w)
-	s.observe(name, answer.status)
+	s.observe(name, answer.status, refused != nil)
 	level := levelOf(answer.status)
 	if !s.cfg.Logger.Enabled(r.Context(), level) {
 		return
@@ -119,14 +119,14 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		slog.String("caller", peer.caller.String()), slog.String("error", answer.text))
 }
 
-func (s *Server) observe(name string, status int) {
+func (s *Server) observe(name string, status int, isThrottled bool) {
 	if s.cfg.Observe == nil {
 		return
 	}
 	if _, known := s.methods[name]; !known {
 		name = ""
 	}
-	s.cfg.Observe(name, status)
+	s.cfg.Observe(name, status, isThrottled)
 }
 
 func levelOf(status int) slog.Level {

@@ -50,8 +50,9 @@ type Config struct {
 	Audit  func(Record) error
 	Logger *slog.Logger // nil: no log
 	// Observe is told of every call: one of the surface's methods, or "" for another
-	// word, and the HTTP status. Nil: nobody is.
-	Observe func(method string, status int)
+	// word, the HTTP status, and whether it was turned away for coming too often. Nil:
+	// nobody is.
+	Observe func(method string, status int, isThrottled bool)
 
 	// ReadTimeout bounds the arrival of a request, headers and body; default 10 s.
 	ReadTimeout time.Duration

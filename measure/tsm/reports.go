@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -60,8 +61,12 @@ type Reports struct {
 	closing  chan struct{}
 	close    sync.Once
 
-	entry string // the worker's, once it runs
+	entry     string // the worker's, once it runs
+	conflicts atomic.Int64
 }
+
+// Conflicts is how often another program was seen to write to the entry.
+func (r *Reports) Conflicts() int64 { return r.conflicts.Load() }
 
 type reportRequest struct {
 	ctx   context.Context
@@ -214,6 +219,9 @@ func (r *Reports) quote(ctx context.Context, rd measure.ReportData) ([]byte, err
 		quote, err := r.once(rd)
 		if err == nil {
 			return quote, nil
+		}
+		if isForeign(err) {
+			r.conflicts.Add(1)
 		}
 		switch {
 		case isBusy(err):

@@ -183,6 +183,10 @@ func TestReportsRecover(t *testing.T) {
 				if f.removed {
 					t.Error("the entry was removed")
 				}
+				isConflict := strings.HasPrefix(name, "foreign") || strings.HasPrefix(name, "generation")
+				if n := r.Conflicts(); n > 0 != isConflict {
+					t.Errorf("%d conflicts", n)
+				}
 			})
 		})
 	}

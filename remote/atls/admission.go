@@ -28,6 +28,7 @@ type admission struct {
 	most, perAddress int
 	rate             rate.Limit
 	burst            int
+	counted          *counters
 
 	mu       sync.Mutex // guards what follows, and admitted
 	pending  map[string]int
@@ -47,8 +48,8 @@ type admitted struct {
 	isEvicted bool
 }
 
-func newAdmission(cfg *ListenerConfig) *admission {
-	return &admission{most: cfg.MaxHandshakes, perAddress: cfg.MaxPerAddress, rate: rate.Limit(cfg.PerSecond), burst: cfg.Burst,
+func newAdmission(cfg *ListenerConfig, counted *counters) *admission {
+	return &admission{most: cfg.MaxHandshakes, perAddress: cfg.MaxPerAddress, rate: rate.Limit(cfg.PerSecond), burst: cfg.Burst, counted: counted,
 		pending: map[string]int{}, limiters: cache.New[string, *rate.Limiter](2048)}
 }
 
@@ -63,11 +64,17 @@ func (m *admission) admit(ctx context.Context, address string) *admitted {
 			limiter = rate.NewLimiter(m.rate, m.burst)
 			m.limiters.Add(host, limiter)
 		}
-		if !limiter.Allow() || m.pending[host] >= m.perAddress {
+		if !limiter.Allow() {
+			m.counted.tooOften.Add(1)
+			return nil
+		}
+		if m.pending[host] >= m.perAddress {
+			m.counted.noRoom.Add(1)
 			return nil
 		}
 	}
 	if m.total >= m.most && !m.evict() {
+		m.counted.noRoom.Add(1)
 		return nil
 	}
 	a := &admitted{host: host}

@@ -69,6 +69,7 @@ type end struct {
 	// unproven bounds our quotes for clients that prove nothing: their number is nobody's
 	// to bound, and peers share what the host can make.
 	unproven *rate.Limiter
+	counted  counters
 
 	mu      sync.Mutex // guards what follows
 	leaf    *tls.Certificate
@@ -221,6 +222,7 @@ type Peer struct {
 	evidence   *measure.Evidence
 	reportData measure.ReportData
 	life       time.Duration // of the certificate, if there was one
+	notAfter   time.Time     // the same
 }
 
 // Assurance is "quote", "key" or "certificate", by how the peer attested, or "none".
@@ -235,6 +237,10 @@ func (p *Peer) Assurance() string {
 	}
 	return modeQuote
 }
+
+// CertificateEnd is when the certificate ends that the evidence was in; zero: there was
+// none.
+func (p *Peer) CertificateEnd() time.Time { return p.notAfter }
 
 // Evidence is what the peer showed, nil if it proved nothing.
 func (p *Peer) Evidence() *measure.Evidence { return p.evidence }
@@ -333,8 +339,10 @@ func (e *end) usable(agentKey [32]byte) (*kept, bool) {
 func (e *end) wants(agentKey []byte, modes []string) string {
 	if len(agentKey) == 32 && slices.Contains(modes, modeKey) && e.cfg.Verifier.Policy().AllowsKeys() {
 		if _, ok := e.usable([32]byte(agentKey)); ok {
+			e.counted.keyHits.Add(1)
 			return modeKey
 		}
+		e.counted.keyMisses.Add(1)
 	}
 	return modeQuote
 }

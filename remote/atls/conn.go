@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"sync"
@@ -14,8 +15,31 @@ import (
 	"tdx-agent/remote"
 )
 
+// wire is a connection below TLS, whose end is an error. crypto/tls takes an end between
+// two records for the peer's word that nothing more comes (close_notify), and whoever is
+// on the way can make one.
+type wire struct{ net.Conn }
+
+// cutError is what a [Conn] reads where it was cut.
+type cutError struct{}
+
+func (cutError) Error() string {
+	return "the connection has ended without the peer's word that this is the end"
+}
+func (cutError) Unwrap() error { return io.ErrUnexpectedEOF }
+
+// Read implements net.Conn.
+func (w wire) Read(b []byte) (int, error) {
+	n, err := w.Conn.Read(b)
+	if err == io.EOF {
+		err = cutError{}
+	}
+	return n, err
+}
+
 // Conn is an open channel: the peer was appraised, or is one that the service takes
-// unattested. It ends by itself when its session does.
+// unattested. It ends by itself when its session does. A Read returns io.EOF only where
+// the peer has said that this is the end.
 type Conn struct {
 	net.Conn // the TLS connection
 
@@ -48,7 +72,7 @@ func (h *handshake) open(ctx context.Context, ttl time.Duration, service string,
 	}
 	h.step = StepVerify
 	if err := c.reappraise(ctx); err != nil {
-		c.Close() // no RESULT: the peer would take it for bytes of the application
+		c.Cut() // no RESULT: the peer would take it for bytes of the application
 		return nil, err
 	}
 	return c, nil
@@ -92,7 +116,7 @@ func (c *Conn) drainFor(left time.Duration) {
 	at := time.Now().Add(left)
 	switch {
 	case c.cut == nil:
-		c.cut, c.cutAt = time.AfterFunc(left, func() { c.Close() }), at
+		c.cut, c.cutAt = time.AfterFunc(left, c.Cut), at
 	case at.Before(c.cutAt):
 		c.cut.Reset(left)
 		c.cutAt = at
@@ -145,7 +169,15 @@ func (c *Conn) Write(b []byte) (int, error) {
 // Bytes is how many bytes of the application were read and written so far.
 func (c *Conn) Bytes() (read, written int64) { return c.read.Load(), c.written.Load() }
 
-// Close closes the channel.
+// Cut closes the channel without the word that this is the end: the peer's Read fails.
+func (c *Conn) Cut() {
+	if t, ok := c.Conn.(*tls.Conn); ok {
+		t.NetConn().Close()
+	}
+	c.Close()
+}
+
+// Close closes the channel, and tells the peer that nothing more comes.
 func (c *Conn) Close() error {
 	err := c.Conn.Close()
 	c.once.Do(func() {

@@ -20,6 +20,15 @@ const (
 	lastBackOff  = 5 * time.Minute
 )
 
+// A peer that closes the connection at once may be full for a moment: its limit of new
+// connections is counted by the second. That costs neither end much, so it is tried again
+// within one dial, and a little later if that does not help.
+const (
+	closedTries   = 3
+	closedPause   = 250 * time.Millisecond
+	closedBackOff = time.Second
+)
+
 // Dialer opens channels. For many goroutines.
 type Dialer struct {
 	end *end
@@ -94,7 +103,7 @@ func (d *Dialer) DialContext(ctx context.Context, network, address, service stri
 	if err := t.waiting(time.Now(), policy); err != nil {
 		return nil, err
 	}
-	c, err := d.once(ctx, network, address, service, entries)
+	c, err := d.patiently(ctx, network, address, service, entries)
 	for range 2 { // each end may find once that key mode does not do, and then keeps nothing of the other
 		if failed, ok := errors.AsType[*Error](err); ok && failed.Code == CodeReattest {
 			c, err = d.once(ctx, network, address, service, entries)
@@ -140,8 +149,10 @@ func (t *targetState) refused(e *Error, policy *remote.Policy) {
 	if errors.As(e.Err, new(*remote.Rejection)) {
 		t.policy = policy
 	}
-	isFree := e.Step == StepTLS || e.Step == StepHello
+	isFree := e.isFree()
 	switch {
+	case e.Code == CodeClosed && isFree:
+		t.until = time.Now().Add(closedBackOff + rand.N(closedBackOff/4))
 	case e.Code == CodeBusy && !e.Remote: // our own quotes are slow: the peer has had none
 		t.until = time.Now().Add(e.RetryAfter)
 	case e.Code == CodeBusy:
@@ -157,10 +168,29 @@ func (t *targetState) refused(e *Error, policy *remote.Policy) {
 	}
 }
 
+// isFree reports whether the handshake ended before it cost a quote.
+func (e *Error) isFree() bool { return e.Step == StepTLS || e.Step == StepHello }
+
 func (t *targetState) accepted() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.until, t.length, t.last, t.policy = time.Time{}, 0, nil, nil
+}
+
+// patiently makes one handshake, or another where the peer closes the connection at once.
+func (d *Dialer) patiently(ctx context.Context, network, address, service string, entries []string) (net.Conn, error) {
+	for pause := closedPause; ; pause *= 2 {
+		c, err := d.once(ctx, network, address, service, entries)
+		failed, ok := errors.AsType[*Error](err)
+		if !ok || failed.Code != CodeClosed || !failed.isFree() || pause >= closedPause<<(closedTries-1) {
+			return c, err
+		}
+		select {
+		case <-time.After(pause + rand.N(pause/2)):
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
 }
 
 // once makes one handshake.
@@ -183,7 +213,7 @@ func (d *Dialer) once(ctx context.Context, network, address, service string, ent
 		return nil, failed
 	}
 	if !stop() {
-		c.Close()
+		c.Cut()
 		return nil, fmt.Errorf("atls: dial %s: %w", address, ctx.Err())
 	}
 	return c, nil
@@ -202,6 +232,9 @@ func (d *Dialer) talk(ctx context.Context, raw net.Conn, address, service string
 
 // Channels lists the open ones that d has opened.
 func (d *Dialer) Channels() []*Conn { return d.end.channels() }
+
+// Counts says what d has counted.
+func (d *Dialer) Counts() Counts { return d.end.counted.read() }
 
 // Reappraise is [Listener.Reappraise] for the channels that d has opened.
 func (d *Dialer) Reappraise(ctx context.Context) (denied int) { return d.end.reappraiseAll(ctx) }

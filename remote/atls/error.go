@@ -2,18 +2,21 @@ package atls
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"syscall"
 	"time"
 
 	"tdx-agent/remote"
 )
 
-// Code is what a peer is told of a handshake's end. Nothing finer goes over the wire.
+// Code is what a peer is told of a handshake's end. Nothing finer goes over the wire, and
+// CodeClosed does not either.
 type Code string
 
 // The codes.
@@ -28,6 +31,7 @@ const (
 	CodeReattest              Code = "reattest" // key mode does not do: dial again with a quote
 	CodeBusy                  Code = "busy"
 	CodeTimeout               Code = "timeout"
+	CodeClosed                Code = "closed" // the connection was
 	CodeInternal              Code = "internal"
 )
 
@@ -94,7 +98,7 @@ func codeOf(err error) Code {
 	}
 	var timeout net.Error
 	switch {
-	case errors.As(err, new(*formError)):
+	case errors.As(err, new(*formError)), errors.As(err, new(tls.RecordHeaderError)):
 		return CodeBadFrame
 	case errors.As(err, new(*unsupportedError)):
 		return CodeUnsupported
@@ -108,11 +112,44 @@ func codeOf(err error) Code {
 		return CodeBusy
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		return CodeTimeout
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return CodeBadFrame
+	case errors.As(err, new(*ownError)):
+		return CodeInternal
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return CodeClosed
 	}
 	return CodeInternal
 }
+
+// closedError says that the peer closed the connection, and what that may come from.
+type closedError struct {
+	text string
+	err  error
+}
+
+func (e *closedError) Error() string { return e.text + " (" + e.err.Error() + ")" }
+func (e *closedError) Unwrap() error { return e.err }
+
+// closed explains the end of the connection. A [Listener] that has no room for us closes
+// it before TLS, where nothing can be said yet.
+func (h *handshake) closed(err error) error {
+	text := "the peer closed the connection"
+	switch {
+	case h.role == Client && h.step == StepTLS && h.cfg.RATLS != nil:
+		text = "the peer closed the connection before it said anything: it may be full, or not speak RA-TLS"
+	case h.role == Client && h.step == StepTLS:
+		text = "the peer closed the connection before it said anything: it may be full, or not speak " + ALPN
+	case h.role == Client && h.step == StepHello:
+		text = "the peer closed the connection before its hello"
+	}
+	return &closedError{text, err}
+}
+
+// ownError is a failure on our side of the channel, such as of an Attester whose own
+// connection has ended.
+type ownError struct{ err error }
+
+func (e *ownError) Error() string { return e.err.Error() }
+func (e *ownError) Unwrap() error { return e.err }
 
 func rejectionCode(r *remote.Rejection) Code {
 	if !r.Genuine() {

@@ -61,8 +61,8 @@ func (e *end) begin(ctx context.Context, raw net.Conn, role Role) (*handshake, e
 		return h, err
 	}
 	h.leaf = leaf
-	if h.conn = tls.Client(raw, cfg); role == Server {
-		h.conn = tls.Server(raw, cfg)
+	if h.conn = tls.Client(wire{raw}, cfg); role == Server {
+		h.conn = tls.Server(wire{raw}, cfg)
 	}
 	h.enter(StepTLS, limitTLS)
 	if err := h.conn.HandshakeContext(ctx); err != nil {
@@ -182,7 +182,7 @@ func (h *handshake) attest(ctx context.Context, mode, serverEvidence string, lim
 		h.hasQuoted = mode != modeKey
 		st, err := h.cfg.Attester.Attest(ctx, h.of(h.role), mode == modeKey)
 		if err != nil {
-			return err
+			return &ownError{err}
 		}
 		frame, err = encodeStatement(st, serverEvidence, limit)
 		return err
@@ -216,7 +216,9 @@ func (h *handshake) closest(err error) string {
 func (h *handshake) finish(err error) *Error {
 	code := CodeOK
 	if err != nil {
-		code = codeOf(err)
+		if code = codeOf(err); code == CodeClosed {
+			err = h.closed(err)
+		}
 	}
 	failed, isOurs := errors.AsType[*Error](err)
 	if !isOurs && err != nil {
@@ -244,5 +246,9 @@ func (h *handshake) finish(err error) *Error {
 // refuse tells the peer the code, if it will hear it.
 func (h *handshake) refuse(e *Error) {
 	h.conn.SetWriteDeadline(time.Now().Add(time.Second))
-	h.write(frameResult, &resultFrame{Code: e.Code, Ref: e.Ref, RetryAfter: int(e.RetryAfter / time.Millisecond)}, maxResult)
+	code := e.Code
+	if code == CodeClosed { // half of it, if anybody reads this
+		code = CodeBadFrame
+	}
+	h.write(frameResult, &resultFrame{Code: code, Ref: e.Ref, RetryAfter: int(e.RetryAfter / time.Millisecond)}, maxResult)
 }

@@ -99,7 +99,7 @@ func TestDeniedIsCut(t *testing.T) {
 		t.Error("the channel of a denied peer goes on")
 	}
 	c.SetDeadline(time.Now().Add(time.Minute))
-	if _, err := c.Read(make([]byte, 1)); err != io.EOF || time.Since(start) > 30*time.Second {
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.ErrUnexpectedEOF) || time.Since(start) > 30*time.Second {
 		t.Errorf("a denied peer is cut after %v (%v)", time.Since(start), err)
 	}
 }

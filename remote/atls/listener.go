@@ -72,7 +72,7 @@ func NewListener(inner net.Listener, cfg ListenerConfig) (*Listener, error) {
 		return nil, err
 	}
 	l := &Listener{inner: inner, cfg: cfg, end: e, ready: make(chan *Conn), failed: make(chan error, 1), slots: make(chan struct{}, cfg.MaxQuotes),
-		admission: newAdmission(&cfg)}
+		admission: newAdmission(&cfg, &e.counted)}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	l.group.Go(l.acceptAll)
 	return l, nil
@@ -119,6 +119,7 @@ func (e *end) takesUnattested(cfg *ListenerConfig, service string) bool {
 
 func (l *Listener) admit(raw net.Conn) *admitted {
 	if !l.end.hasRoom(l.cfg.MaxConnections) {
+		l.end.counted.noRoom.Add(1)
 		return nil
 	}
 	return l.admission.admit(l.ctx, address(raw))
@@ -134,7 +135,7 @@ func (l *Listener) handshake(raw net.Conn, a *admitted) {
 	select {
 	case l.ready <- c:
 	case <-l.ctx.Done():
-		c.Close()
+		c.Cut()
 	}
 }
 
@@ -195,6 +196,9 @@ func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
 
 // Channels lists the open ones.
 func (l *Listener) Channels() []*Conn { return l.end.channels() }
+
+// Counts says what l has counted.
+func (l *Listener) Counts() Counts { return l.end.counted.read() }
 
 // Reappraise judges the peers of all open channels by the policy of now, as after a
 // reload, and drains the channels of those that are no longer accepted. It returns how

@@ -5,10 +5,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
 	"tdx-agent/remote"
+	"tdx-agent/remote/cache"
 )
 
 // Handshake is how one ended, for logs and metrics.
@@ -24,6 +26,22 @@ type Handshake struct {
 	Entry     string // the policy entry that accepts the peer, or came closest
 	Assurance string // of the peer: "quote", "key", "certificate", "none"
 	Err       error  // the local cause
+}
+
+// Counts are of one end, since it was made.
+type Counts struct {
+	// KeyMode says how often a peer that may use key mode was known, so that its signature
+	// did, and how often a quote was asked of it.
+	KeyMode cache.Counts
+	// Connections that a Listener has closed before TLS: of addresses that come too often,
+	// and where there was no room, for the address or at all. None has a [Handshake].
+	TooOften, NoRoom uint64
+}
+
+type counters struct{ keyHits, keyMisses, tooOften, noRoom atomic.Uint64 }
+
+func (c *counters) read() Counts {
+	return Counts{KeyMode: cache.Counts{Hits: c.keyHits.Load(), Misses: c.keyMisses.Load()}, TooOften: c.tooOften.Load(), NoRoom: c.noRoom.Load()}
 }
 
 // Failure is a handshake that failed, without the evidence that it failed by.

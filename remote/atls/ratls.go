@@ -95,8 +95,10 @@ func (h *handshake) ratlsConfig(ctx context.Context) (*tls.Config, error) {
 	}
 	h.step = StepSendEvidence
 	err := within(ctx, limitAttest, func(ctx context.Context) (err error) {
-		h.leaf, err = h.cfg.RATLS.Certificate(ctx)
-		return err
+		if h.leaf, err = h.cfg.RATLS.Certificate(ctx); err != nil {
+			return &ownError{err}
+		}
+		return nil
 	})
 	if err != nil {
 		return nil, err
@@ -121,8 +123,8 @@ func (h *handshake) handshakeRATLS(ctx context.Context, raw net.Conn, cfg *tls.C
 		}
 		return err
 	}
-	if h.conn = tls.Client(raw, cfg); h.role == Server {
-		h.conn = tls.Server(raw, cfg)
+	if h.conn = tls.Client(wire{raw}, cfg); h.role == Server {
+		h.conn = tls.Server(wire{raw}, cfg)
 	}
 	h.enter(StepTLS, limitTLS+limitVerify)
 	if err := h.conn.HandshakeContext(ctx); err != nil {
@@ -138,7 +140,8 @@ func (h *handshake) handshakeRATLS(ctx context.Context, raw net.Conn, cfg *tls.C
 	h.step = StepVerify
 	h.peer.Result, h.peer.Certificate, h.peer.VerifiedAt = proven.Result, true, proven.Result.At
 	h.peer.evidence, h.peer.reportData, h.peer.life = proven.evidence, proven.reportData, proven.life
-	return max(state.PeerCertificates[0].NotAfter.Sub(h.cfg.Now()), time.Second), nil
+	h.peer.notAfter = state.PeerCertificates[0].NotAfter
+	return max(h.peer.notAfter.Sub(h.cfg.Now()), time.Second), nil
 }
 
 // appraiseChain judges what the peer shows. p gets what it proves.

@@ -72,6 +72,8 @@ func TestRATLS(t *testing.T) {
 		roundTrip(t, c, "hello")
 		if peer := c.Peer(); !peer.Attested() || !peer.Certificate || peer.Entry() != "server" || peer.Expires.Sub(peer.Opened) > time.Hour {
 			t.Errorf("the server is %+v", peer)
+		} else if left := time.Until(peer.CertificateEnd()); left <= 0 || left > time.Hour {
+			t.Errorf("its certificate ends in %v", left)
 		}
 	}
 	channels := p.listener.Channels()

@@ -192,6 +192,9 @@ func TestAcceptedStay(t *testing.T) {
 			t.Error("a newcomer gets in")
 		}
 	}
+	if n := p.listener.Counts(); n.NoRoom != 1 || n.TooOften != 0 {
+		t.Errorf("%d connections without room, %d too often, want 1 and 0", n.NoRoom, n.TooOften)
+	}
 	close(goOn)
 	if err := <-result; err != nil {
 		t.Error(err)
@@ -330,4 +333,26 @@ func TestUnattestedClientsGetFewQuotes(t *testing.T) {
 		t.Errorf("the server made %d quotes for 40 clients that prove nothing, want at most %d, and a time to come again: %v", n, most, refused)
 	}
 	roundTrip(t, p.mustDial(t), "x")
+}
+
+// TestTooOften closes the connections of an address that comes too often, and counts
+// them: there is no handshake to observe.
+func TestTooOften(t *testing.T) {
+	p := newPair(t, "", func(_, _ *atls.Config, l *atls.ListenerConfig) { l.PerSecond, l.Burst = 1, 1 })
+	var last net.Conn
+	for range 2 { // the first is let in, and waited for
+		c, err := net.Dial("tcp", p.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		last = c
+	}
+	last.SetDeadline(time.Now().Add(9 * time.Second)) // less than a handshake has
+	if _, err := last.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("read: %v, want it closed", err)
+	}
+	if n := p.listener.Counts(); n.TooOften != 1 || n.NoRoom != 0 {
+		t.Errorf("%d connections too often, %d without room, want 1 and 0", n.TooOften, n.NoRoom)
+	}
 }

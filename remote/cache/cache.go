@@ -12,7 +12,11 @@ type Cache[K comparable, V any] struct {
 
 	mu         sync.Mutex // guards what follows
 	young, old map[K]V
+	counts     Counts
 }
+
+// Counts says how many look-ups found an entry, and how many did not.
+type Counts struct{ Hits, Misses uint64 }
 
 // New returns an empty cache of size entries a generation.
 func New[K comparable, V any](size int) *Cache[K, V] {
@@ -24,12 +28,23 @@ func (c *Cache[K, V]) Get(key K) (value V, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if value, ok = c.young[key]; ok {
+		c.counts.Hits++
 		return value, true
 	}
 	if value, ok = c.old[key]; ok {
+		c.counts.Hits++
 		c.put(key, value)
+		return value, true
 	}
-	return value, ok
+	c.counts.Misses++
+	return value, false
+}
+
+// Counts returns how well the cache has done so far.
+func (c *Cache[K, V]) Counts() Counts {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.counts
 }
 
 // Add sets the entry of key.

@@ -27,6 +27,9 @@ func TestBoundAndOrder(t *testing.T) {
 	if v, ok := c.Get(99); !ok || v != 99 {
 		t.Errorf("the newest entry is %d, %v", v, ok)
 	}
+	if n := c.Counts(); n != (cache.Counts{Hits: 201, Misses: 2}) {
+		t.Errorf("counted %+v", n)
+	}
 	c.Clear()
 	if _, ok := c.Get(1); ok || c.Len() != 0 {
 		t.Error("Clear has left something")

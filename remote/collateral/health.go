@@ -8,12 +8,13 @@ type Health struct {
 	Until     time.Time // when the first of it ends; zero: none is known
 	Since     time.Time // when the last of it became known
 	Refused   int       // platforms that no source had collateral for, lately
+	Failed    uint64    // refreshes so far
 }
 
 // Health only looks into memory.
 func (s *Store) Health() Health {
 	s.mu.RLock()
-	h := Health{Platforms: len(s.sets)}
+	h := Health{Platforms: len(s.sets), Failed: s.failed}
 	for _, held := range s.sets {
 		if h.Until.IsZero() || held.until.Before(h.Until) {
 			h.Until = held.until

@@ -39,6 +39,7 @@ func (s *Store) refresh(ctx context.Context, p platform) {
 		return
 	}
 	if err != nil && ctx.Err() == nil {
+		s.failed++
 		s.log.Warn("collateral is not refreshed, and used until its end", "platform", p.String(), "valid_until", h.until, "error", err)
 	}
 	if !h.due.After(now) { // the same set as before, or none

@@ -85,6 +85,12 @@ func TestRefreshFails(t *testing.T) {
 	if want := []int{15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28}; !slices.Equal(days, want) {
 		t.Errorf("asked on the days %v, want %v", days, want)
 	}
+	if h := s.Health(); h.Failed != uint64(len(days)) {
+		t.Errorf("%d refreshes have failed, want %d", h.Failed, len(days))
+	}
+	if n := s.Counts(); n.Hits == 0 || n.Misses != 0 {
+		t.Errorf("%d hits and %d misses", n.Hits, n.Misses)
+	}
 	for !now.Now().After(end) {
 		step()
 	}

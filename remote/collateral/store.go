@@ -8,10 +8,12 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
 
+	"tdx-agent/remote/cache"
 	"tdx-agent/remote/dcap"
 )
 
@@ -64,6 +66,9 @@ type Store struct {
 	mu     sync.RWMutex
 	sets   map[platform]*held
 	behind map[platform]*Error // files that are behind the floor
+	failed uint64              // refreshes
+
+	hits, misses atomic.Uint64 // of Known
 
 	flightsMu sync.Mutex
 	flights   map[platform]*flight
@@ -118,9 +123,16 @@ func (s *Store) Known(fmspc [6]byte, ca string) *Set {
 	now := s.cfg.Now()
 	h := s.lookup(platform{fmspc, ca})
 	if !h.usableAt(now) || s.floor.checkClock(now) != nil {
+		s.misses.Add(1)
 		return nil
 	}
+	s.hits.Add(1)
 	return h.set
+}
+
+// Counts says how often [Store.Known] had a set.
+func (s *Store) Counts() cache.Counts {
+	return cache.Counts{Hits: s.hits.Load(), Misses: s.misses.Load()}
 }
 
 // StaleGrace is that of the Config: the dcap.Verifier that judges needs the same.

@@ -85,6 +85,12 @@ func NewVerifier(cfg Config) *Verifier {
 	}
 }
 
+// CacheCounts says how well v remembers attestation keys with their PCK chains, and TCB
+// verdicts.
+func (v *Verifier) CacheCounts() (keys, verdicts cache.Counts) {
+	return v.keys.Counts(), v.verdicts.Counts()
+}
+
 // Platform checks the PCK chain of a quote up to a pinned root, but not when it is
 // valid nor whether it is revoked, and says which collateral its platform needs. The
 // quote itself is not yet trusted. The error is an [*Error].

@@ -6,10 +6,11 @@
 // Both end with their context. A connection ends with its channel, which is cut when its
 // session is over and its drain too. [Egress] dials for processes without a network.
 //
-// What is cut short does not look like an end to a local TCP peer, which gets a reset:
-// whoever is between two channels' ends can cut them. Unix sockets have no such word: what
-// is cut there reads like an end. Where the protocol above does not say how long a message
-// is, give the service a TCP port on the loopback address.
+// What is cut short does not look like an end to a local TCP peer, which gets a reset, nor
+// to the peer of the channel: whoever is between two channels' ends can cut them. Unix
+// sockets have no such word, and so neither has what goes by way of an [Egress]: what is cut
+// there reads like an end. Where the protocol above does not say how long a message is, give
+// the service a TCP port on the loopback address, and no egress in between.
 package forward
 
 import (
@@ -68,6 +69,7 @@ func Inbound(ctx context.Context, l *atls.Listener, log *slog.Logger, services m
 		local, err := s.connect(ctx, c)
 		if err != nil {
 			log.Warn("the local service does not answer", "service", name, "ref", c.Peer().Ref, "error", err)
+			end(c, false)
 			return
 		}
 		join(ctx, c, local, 0)
@@ -98,12 +100,14 @@ func (s *Service) connect(ctx context.Context, c *atls.Conn) (net.Conn, error) {
 }
 
 // Outbound accepts local connections until ctx ends, and connects each with a channel
-// of its own that dial opens. It closes l.
+// of its own that dial opens. The context of dial ends when the client has gone without
+// having sent anything: nobody else would use the channel. Outbound closes l.
 func Outbound(ctx context.Context, l net.Listener, log *slog.Logger, dial func(context.Context) (net.Conn, error)) error {
 	return each(ctx, l, maxConnections, log, func(local net.Conn) {
-		c, err := dial(ctx)
+		c, err := whileThere(ctx, local, dial)
 		if err != nil {
 			log.Warn("no channel", "error", err)
+			end(local, false)
 			return
 		}
 		join(ctx, local, c, 0)
@@ -172,9 +176,8 @@ func accept(ctx context.Context, l net.Listener, log *slog.Logger) (net.Conn, er
 }
 
 // join copies both ways until both ends are done, ctx ends, one way fails, or neither way
-// carries anything for about idle (0: for however long). It closes b; a is the caller's.
+// carries anything for about idle (0: for however long). It closes both.
 func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
-	defer b.Close()
 	var isWhole [2]atomic.Bool // from a to b, from b to a
 	defer context.AfterFunc(ctx, func() { end(a, isWhole[1].Load()); end(b, isWhole[0].Load()) })()
 	var group sync.WaitGroup
@@ -196,12 +199,20 @@ func join(ctx context.Context, a, b net.Conn, idle time.Duration) {
 		})
 	}
 	group.Wait()
+	end(a, isWhole[1].Load())
+	end(b, isWhole[0].Load())
 }
 
-// end closes a connection, with a reset if it can and not all was sent that was to be.
+// end closes a connection, in a way that does not look like an end if it can and not all
+// was sent that was to be.
 func end(c net.Conn, isWhole bool) {
-	if tcp, ok := c.(*net.TCPConn); ok && !isWhole {
-		tcp.SetLinger(0)
+	if !isWhole {
+		switch c := c.(type) {
+		case *net.TCPConn:
+			c.SetLinger(0) // a reset
+		case interface{ Cut() }:
+			c.Cut()
+		}
 	}
 	c.Close()
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,7 +19,28 @@ import (
 // local is a client of an Outbound whose channels are what dial opens.
 func local(t *testing.T, dial func(context.Context) (net.Conn, error)) *net.TCPConn {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	return localAt(t, "tcp", "127.0.0.1:0", dial).(*net.TCPConn)
+}
+
+func localUnix(t *testing.T, dial func(context.Context) (net.Conn, error)) *net.UnixConn {
+	t.Helper()
+	return localAt(t, "unix", filepath.Join(shortDir(t), "s"), dial).(*net.UnixConn)
+}
+
+// shortDir is a folder for a socket: a test's own has too long a path.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "forward")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func localAt(t *testing.T, network, address string, dial func(context.Context) (net.Conn, error)) net.Conn {
+	t.Helper()
+	l, err := net.Listen(network, address)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,13 +53,13 @@ func local(t *testing.T, dial func(context.Context) (net.Conn, error)) *net.TCPC
 			t.Error(err)
 		}
 	})
-	c, err := net.Dial("tcp", l.Addr().String())
+	c, err := net.Dial(network, l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
 	c.SetDeadline(time.Now().Add(20 * time.Second))
-	return c.(*net.TCPConn)
+	return c
 }
 
 // TestHalfClose lets a client end what it sends and still get its answer.
@@ -95,30 +117,21 @@ func TestCutOff(t *testing.T) {
 // TestPauses carries bursts of every size, with pauses between them in which no large
 // buffer is held.
 func TestPauses(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	go func() {
-		c, err := l.Accept()
-		if err != nil {
-			return
-		}
-		defer c.Close()
-		io.Copy(c, c)
-	}()
-	c := local(t, func(context.Context) (net.Conn, error) { return net.Dial("tcp", l.Addr().String()) })
-	for _, size := range []int{1, 1023, 1024, 1025, 40 << 10, 1024, 200 << 10, 3} {
-		sent, got := make([]byte, size), make([]byte, size)
-		for i := range sent {
-			sent[i] = byte(i * size)
-		}
-		go c.Write(sent)
-		if _, err := io.ReadFull(c, got); err != nil || !bytes.Equal(got, sent) {
-			t.Fatalf("%d bytes came back as others: %v", size, err)
-		}
-		time.Sleep(60 * time.Millisecond) // longer than a large buffer waits
+	peer := backEnd(t, echo)
+	for name, c := range map[string]net.Conn{"tcp": local(t, to(peer)), "unix": localUnix(t, to(peer))} {
+		t.Run(name, func(t *testing.T) {
+			for _, size := range []int{1, 1, 1023, 1024, 1025, 40 << 10, 1024, 200 << 10, 3} {
+				sent, got := make([]byte, size), make([]byte, size)
+				for i := range sent {
+					sent[i] = byte(i*size + i>>8)
+				}
+				go c.Write(sent)
+				if _, err := io.ReadFull(c, got); err != nil || !bytes.Equal(got, sent) {
+					t.Fatalf("%d bytes came back as others: %v", size, err)
+				}
+				time.Sleep(60 * time.Millisecond) // longer than a large buffer waits
+			}
+		})
 	}
 }
 

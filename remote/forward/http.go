@@ -79,6 +79,12 @@ func newHTTPServer(ctx context.Context, s *Service, log *slog.Logger) *httpServe
 			default:
 			}
 			onlyWebSocket(r.Header)
+			defer func() {
+				if broken := recover(); broken != nil { // http.ErrAbortHandler: the back end broke off
+					c.Cut() // to HTTP/1.0 the end of the channel is that of the answer
+					panic(broken)
+				}
+			}()
 			proxy.ServeHTTP(w, r)
 		}),
 		ReadHeaderTimeout: httpHeaderTimeout, IdleTimeout: httpIdle, MaxHeaderBytes: maxHTTPHeader,

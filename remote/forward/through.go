@@ -35,7 +35,7 @@ func (e *EgressError) Timeout() bool { return e.Status == http.StatusGatewayTime
 // addresses by way of the [Egress] at a Unix socket. Names are looked up there. Its error
 // for what the Egress refuses is an [EgressError]. Where a destination resets a
 // connection, what comes through the socket is its end: what must be whole says so itself,
-// as TLS does.
+// as TLS does. It is the same the other way.
 func Through(socket string) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		if !strings.HasPrefix(network, "tcp") {

@@ -109,6 +109,16 @@ func (r *Renewer) Certificate(ctx context.Context) (*tls.Certificate, error) {
 	return r.current, nil
 }
 
+// Until is when the current certificate ends; zero: there is none.
+func (r *Renewer) Until() time.Time {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.current == nil {
+		return time.Time{}
+	}
+	return r.current.Leaf.NotAfter
+}
+
 // Run makes certificates until ctx ends. It is called once.
 func (r *Renewer) Run(ctx context.Context) error {
 	retry := firstRetry

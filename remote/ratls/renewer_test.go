@@ -114,6 +114,9 @@ func TestRenewal(t *testing.T) {
 				if second == first || len(a.made()) != 2 {
 					t.Fatalf("not renewed after %v", c.after)
 				}
+				if r.Until() != second.Leaf.NotAfter {
+					t.Errorf("until %v, want %v", r.Until(), second.Leaf.NotAfter)
+				}
 				if string(first.Leaf.RawSubjectPublicKeyInfo) == string(second.Leaf.RawSubjectPublicKeyInfo) {
 					t.Error("the key was used again")
 				}
