@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -129,10 +132,7 @@ func TestOperatorConnectionsAreBounded(t *testing.T) {
 	for socket, args := range map[string][]string{dir.agentSocket(): {"status"}, dir.adminSocket(): {"emit", "x", "00"}} {
 		var held []net.Conn
 		for range maxConnsPerUID {
-			c, err := net.Dial("unix", socket)
-			check(t, err)
-			defer c.Close()
-			held = append(held, c)
+			held = append(held, p.hold(socket))
 		}
 		if out := p.wantExit(exitThrottled, args...); !strings.Contains(out, "too many open connections") {
 			t.Errorf("%q beyond the bound says %s", args, out)
@@ -141,6 +141,28 @@ func TestOperatorConnectionsAreBounded(t *testing.T) {
 		p.freed(socket)
 		p.wantExit(0, args...)
 	}
+}
+
+// hold opens a connection and keeps it once the agent has taken it: one that is turned away,
+// since a call of before is not over, is tried again.
+func (p *agentProcess) hold(socket string) net.Conn {
+	p.t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); {
+		c, err := net.Dial("unix", socket)
+		check(p.t, err)
+		c.SetDeadline(end)
+		_, err = io.WriteString(c, "GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n")
+		check(p.t, err)
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		check(p.t, err)
+		if resp.StatusCode == http.StatusNotFound {
+			p.t.Cleanup(func() { c.Close() })
+			return c
+		}
+		c.Close()
+	}
+	p.t.Fatalf("%s takes no further connection", socket)
+	return nil
 }
 
 // freed waits until the agent takes a request on this socket again.
