@@ -44,6 +44,8 @@ func TestMalformedArguments(t *testing.T) {
 				{`{"` + field + `":"\ud800"}`, "surrogate"},
 				{"{\"" + field + "\":\"\xff\"}", "not valid UTF-8"},
 				{"{\"" + field + "\":\"\x00\"}", "not JSON"},
+				{"\v{\"" + field + "\":\"00\"}", "not JSON"},
+				{"{\"" + field + "\":\"00\"}\u00a0", "not JSON"},
 				{deep, "unexpected end"},
 				{strings.Repeat(`[`, 60000), "exceeded max depth"},
 				// A deep value under an unknown key is skipped without recursion.

@@ -7,10 +7,11 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
-	"tdx-agent/measure"
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"tdx-agent/measure"
 )
 
 // encoding is how a request and its answer are written.
@@ -82,12 +83,12 @@ func decodeJSON(body []byte, m message) error {
 	if len(text) == 0 {
 		return badRequest("the request has no body: want a JSON object with the member %q", m[0].name)
 	}
-	members, err := measure.ParseJSONObject(text)
+	members, err := measure.ParseJSONObject(body) // not text: there is other space than JSON's
 	if twice, ok := errors.AsType[*measure.DuplicateMemberError](err); ok {
 		return badRequest("duplicate field %q", clip(twice.Name))
 	}
 	if err != nil {
-		return whyNotObject(text)
+		return whyNotObject(body)
 	}
 	for i := range m {
 		if value, ok := members[m[i].name]; ok {
