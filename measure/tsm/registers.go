@@ -38,6 +38,9 @@ type RegisterFiles struct {
 type registerFile struct {
 	file *os.File
 	conn syscall.RawConn
+	// isSysfs says that a read of the open file is one of the register. Elsewhere, as in
+	// FUSE, it may be one of the page cache, or of a file that was replaced since.
+	isSysfs bool
 }
 
 // OpenRegisterFiles takes the folder (on a TDX guest
@@ -105,7 +108,12 @@ func openRegister(path string) (registerFile, error) {
 		file.Close()
 		return registerFile{}, err
 	}
-	return registerFile{file, conn}, nil
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(file.Fd()), &st); err != nil {
+		file.Close()
+		return registerFile{}, pathError("statfs", path, err)
+	}
+	return registerFile{file, conn, st.Type == unix.SYSFS_MAGIC}, nil
 }
 
 func rtmrName(index int) string { return fmt.Sprintf("rtmr%d:sha384", index) }
@@ -130,8 +138,11 @@ func (r registerFile) read(to *measure.Digest) error {
 	var n int
 	var readErr error
 	err := r.conn.Control(func(fd uintptr) {
-		for n, readErr = unix.Pread(int(fd), b[:], 0); readErr == unix.EINTR; { // the kernel waits interruptibly
-			n, readErr = unix.Pread(int(fd), b[:], 0)
+		if readErr = unix.ENODEV; r.isSysfs {
+			n, readErr = preadAtStart(int(fd), b[:])
+		}
+		if readErr == unix.ENODEV { // also when the driver was loaded anew
+			n, readErr = readAnew(r.file.Name(), b[:])
 		}
 	})
 	if err != nil {
@@ -145,6 +156,22 @@ func (r registerFile) read(to *measure.Digest) error {
 	}
 	copy(to[:], b[:])
 	return nil
+}
+
+func readAnew(path string, b []byte) (int, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	return preadAtStart(fd, b)
+}
+
+func preadAtStart(fd int, b []byte) (n int, err error) {
+	for n, err = unix.Pread(fd, b, 0); err == unix.EINTR; { // the kernel waits interruptibly
+		n, err = unix.Pread(fd, b, 0)
+	}
+	return n, err
 }
 
 // Extend implements [measure.RegisterBank]. It holds the register file's lock (flock)

@@ -64,11 +64,46 @@ func TestRegisterFilesRead(t *testing.T) {
 	if got := registersOf(t, f).RTMR[3]; got != filled(9) {
 		t.Errorf("RTMR3 was written, got %s", got)
 	}
+	// So it is when another file has taken its place.
+	if err := os.WriteFile(filepath.Join(f.dir, "new"), bytes.Repeat([]byte{10}, 48), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(f.dir, "new"), filepath.Join(f.dir, "rtmr3:sha384")); err != nil {
+		t.Fatal(err)
+	}
+	if got := registersOf(t, f).RTMR[3]; got != filled(10) {
+		t.Errorf("RTMR3 was replaced, got %s", got)
+	}
 	for _, size := range []int{0, 47, 49, 4096} {
 		os.WriteFile(filepath.Join(f.dir, "rtmr2:sha384"), make([]byte, size), 0o600)
 		if r, err := f.Registers(); err == nil || r != (measure.Registers{}) {
 			t.Errorf("a register of %d bytes was accepted: %v", size, err)
 		}
+	}
+}
+
+// TestRegisterFilesStayOpen where they are the kernel's.
+func TestRegisterFilesStayOpen(t *testing.T) {
+	f, err := OpenRegisterFiles(registerDir(t, registerFileNames))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range f.rtmr {
+		f.rtmr[i].isSysfs = true
+		if err := os.Remove(f.rtmr[i].file.Name()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := registersOf(t, f).RTMR[3]; got != filled(8) {
+		t.Errorf("got %s", got)
+	}
+	r, err := openRegister("/sys/kernel/uevent_seqnum")
+	if err != nil {
+		t.Skip(err)
+	}
+	defer r.file.Close()
+	if !r.isSysfs {
+		t.Error("a file of sysfs is not taken for one")
 	}
 }
 
