@@ -142,7 +142,8 @@ type pair struct {
 	addr   string
 
 	listener *atls.Listener
-	verifier *remote.Verifier // the server's
+	verifier *remote.Verifier   // the server's
+	stop     context.CancelFunc // of Inbound
 }
 
 const terms = "compose_hash = [\"%x\"]\nservice = [\"web\", \"raw\", \"open\"]\nallow_unattested_clients = true\n"
@@ -177,7 +178,7 @@ func newPair(t *testing.T, services map[string]forward.Service, client *machine,
 			t.Error(err)
 		}
 	})
-	p := &pair{client: client, addr: inner.Addr().String(), listener: l, verifier: lc.Verifier}
+	p := &pair{client: client, addr: inner.Addr().String(), listener: l, verifier: lc.Verifier, stop: cancel}
 	cfg := client.config(t, server, "server", fmt.Sprintf(terms, sha256.Sum256([]byte("server"))))
 	p.dialer, err = atls.NewDialer(cfg, nil)
 	if err != nil {

@@ -71,3 +71,23 @@ func TestHTTPBreaksOff(t *testing.T) {
 		t.Errorf("got %q, %v", b, err)
 	}
 }
+
+// TestHTTPStops in the middle of an answer whose length nothing says.
+func TestHTTPStops(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, "half")
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	}))
+	t.Cleanup(srv.Close)
+	p := newPair(t, map[string]forward.Service{"web": {Dial: to(srv.Listener.Addr().String()), HTTP: true}}, newMachine(t, "client", true), "client", "")
+	c := p.dial(t, p.dialer, "web")
+	io.WriteString(c, "GET / HTTP/1.0\r\n\r\n")
+	if _, err := c.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	p.stop()
+	if b, err := io.ReadAll(c); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("got %q, %v", b, err)
+	}
+}

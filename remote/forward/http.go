@@ -113,7 +113,8 @@ func mustPeer(r *http.Request) *atls.Peer { return r.Context().Value(channelKey{
 
 // serve answers the requests of one channel until it is closed or ctx ends.
 func (h *httpServer) serve(ctx context.Context, c *atls.Conn) {
-	defer context.AfterFunc(ctx, func() { c.Close() })()
+	// An answer may not be whole yet.
+	defer context.AfterFunc(ctx, c.Cut)()
 	h.server.Serve(&oneConn{conn: &watchedConn{Conn: c, closed: make(chan struct{})}}) // its error is the channel's end, or ours
 }
 
