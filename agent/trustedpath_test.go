@@ -15,17 +15,20 @@ func TestRuntimeDirThatOthersCanChange(t *testing.T) {
 		make func(base string) string // of the runtime directory
 		want string                   // in the error; %s is base
 	}{
-		"private":                      {func(base string) string { return base + "/r" }, ""},
-		"open to readers":              {mode("a/r", 0o755, 0o755), ""},
-		"below a sticky one, as /tmp":  {mode("a/r", 0o755, 0o1777), ""},
-		"open to everybody":            {mode("r", 0o777, 0o755), "%s/r has mode 0777"},
-		"sticky itself":                {mode("r", 0o1777, 0o755), "%s/r has mode 1777"},
-		"parent open to everybody":     {mode("a/r", 0o700, 0o777), "%s/a has mode 0777"},
-		"further up, by a link":        {link, "%s/a has mode 0777"},
-		"link in an open folder":       {linkInOpen, "%s/open has mode 0777"},
-		"somebody else's":              {owned("r"), "%s/r belongs to uid 12345"},
-		"parent is somebody else's":    {owned("a"), "%s/a belongs to uid 12345"},
-		"a group of several can write": {group, "%s/a has mode 0775"},
+		"private":                       {func(base string) string { return base + "/r" }, ""},
+		"open to readers":               {mode("a/r", 0o755, 0o755), ""},
+		"below a sticky one, as /tmp":   {mode("a/r", 0o755, 0o1777), ""},
+		"open to everybody":             {mode("r", 0o777, 0o755), "%s/r has mode 0777"},
+		"sticky itself":                 {mode("r", 0o1777, 0o755), "%s/r has mode 1777"},
+		"parent open to everybody":      {mode("a/r", 0o700, 0o777), "%s/a has mode 0777"},
+		"further up, by a link":         {link, "%s/a has mode 0777"},
+		"link in an open folder":        {linkInOpen, "%s/open has mode 0777"},
+		"link to a link in an open one": {linkToLinkInOpen, "%s/open has mode 0777"},
+		"link of somebody else in /tmp": {linkOfOther, "%s/a/link belongs to uid 12345"},
+		"link to a link":                {linkToLink, ""},
+		"somebody else's":               {owned("r"), "%s/r belongs to uid 12345"},
+		"parent is somebody else's":     {owned("a"), "%s/a belongs to uid 12345"},
+		"a group of several can write":  {group, "%s/a has mode 0775"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			base := string(shortDir(t))
@@ -79,6 +82,28 @@ func linkInOpen(base string) string {
 	os.Symlink("../r", base+"/open/link")
 	os.Chmod(base+"/open", 0o777)
 	return base + "/open/link"
+}
+
+func linkToLinkInOpen(base string) string {
+	os.Symlink("open/link", base+"/link")
+	linkInOpen(base)
+	return base + "/link"
+}
+
+func linkToLink(base string) string {
+	os.Symlink(base+"/a", base+"/absolute")
+	os.Symlink("a/../absolute", base+"/link")
+	return base + "/link/r"
+}
+
+// linkOfOther is one that he can make another at any time.
+func linkOfOther(base string) string {
+	mode("a/r", 0o755, 0o1777)(base)
+	os.Symlink("../r", base+"/a/link")
+	if os.Geteuid() != 0 || os.Lchown(base+"/a/link", 12345, 0) != nil {
+		return ""
+	}
+	return base + "/a/link"
 }
 
 func owned(path string) func(string) string {
