@@ -31,7 +31,10 @@ func (cutError) Unwrap() error { return io.ErrUnexpectedEOF }
 // Read implements net.Conn.
 func (w wire) Read(b []byte) (int, error) {
 	n, err := w.Conn.Read(b)
-	if err == io.EOF {
+	switch {
+	case err == io.EOF && n > 0: // crypto/tls drops what comes with another error
+		err = nil
+	case err == io.EOF:
 		err = cutError{}
 	}
 	return n, err

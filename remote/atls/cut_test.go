@@ -1,9 +1,11 @@
 package atls_test
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -83,5 +85,60 @@ func TestCut(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// withEnd is a connection whose last bytes come together with its end, as a net.Conn may
+// have it.
+type withEnd struct {
+	net.Conn
+	isLast *atomic.Bool // read all there is until the end
+	left   []byte
+}
+
+func (c *withEnd) Read(b []byte) (int, error) {
+	if !c.isLast.Load() {
+		return c.Conn.Read(b)
+	}
+	more, err := io.ReadAll(c.Conn)
+	c.left = append(c.left, more...)
+	n := copy(b, c.left)
+	if c.left = c.left[n:]; err == nil && len(c.left) == 0 {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// TestLastBytesWithEnd takes what comes with the end.
+func TestLastBytesWithEnd(t *testing.T) {
+	p := newPair(t, "")
+	isLast := new(atomic.Bool)
+	d, err := atls.NewDialer(atls.Config{Attester: p.client.attester(t), Verifier: verifier(t, p.server.entry("server", "other", ""), p.server)},
+		func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := p.connect(ctx, network, address)
+			return &withEnd{Conn: c, isLast: isLast}, err
+		})
+	if err != nil {
+		t.Fatal(err)
+	}
+	goOn := make(chan struct{})
+	go func() {
+		c, err := p.listener.Accept()
+		if err == nil {
+			<-goOn
+			io.WriteString(c, "all of it")
+			c.Close()
+		}
+	}()
+	c, err := d.DialContext(t.Context(), "tcp", p.address, "echo", []string{"server"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	isLast.Store(true)
+	close(goOn)
+	if b, err := io.ReadAll(c); err != nil || string(b) != "all of it" {
+		t.Errorf("got %q, %v", b, err)
 	}
 }
