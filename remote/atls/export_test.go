@@ -1,7 +1,15 @@
 package atls
 
+import "crypto/tls"
+
 // KeyExchanges are those that channels take.
 var KeyExchanges = keyExchanges
+
+// UseKeyExchanges has channels take others until restore is called.
+func UseKeyExchanges(list []tls.CurveID) (restore func()) {
+	keyExchanges = list
+	return func() { keyExchanges = KeyExchanges }
+}
 
 // Transcript is the hash of both hello frames.
 var Transcript = transcript
