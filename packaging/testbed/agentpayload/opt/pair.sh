@@ -23,6 +23,7 @@ policy "$theirs" > /etc/tdx-agent/policy.toml
 policy "$(flip "$theirs")" > /etc/tdx-agent/wrong.toml
 same "MRTD" "$(cut -c1-16 /etc/tdx-agent/registers$id)" "$(od -An -v -tx1 "${RTMR3%/*}/mrtd:sha384" | tr -d ' \n' | cut -c1-16)"
 check "the machines differ" [ "$(cut -c1-96 /etc/tdx-agent/registers1)" != "$(cut -c1-96 /etc/tdx-agent/registers2)" ]
+printf '\n[ratls]\nendpoint = true\n' >> /etc/tdx-agent/agent.toml # measured
 check "boot step" systemctl start tdx-agent-measure.service
 check "sockets" systemctl start tdx-agent.socket tdx-agent-channel.socket tdx-agent-egress.socket tdx-agent-endpoint.socket echo.socket
 check "a local socket that leads to the other" systemctl start $C
@@ -38,6 +39,30 @@ journalctl -q -u $E -u $C -o cat --no-pager | grep 'msg=channel' | tail -2
 check "peers" tdx-agent peers
 cat $out
 check "the other was accepted by its entry, for its service" sh -c "journalctl -q -u $E -o cat --no-pager | grep 'msg=channel .*service=echo .*entry=other'"
+
+echo "== dstack's RA-TLS, by a drop-in"
+ratls=/run/systemd/system/$E.d/ratls.conf
+policy "$theirs" | sed 's/^allow_unattested_clients.*/require = "certificate"\nrequire_measured_agent_key = false/' > /etc/tdx-agent/ratls.toml
+mkdir -p ${ratls%/*}
+cat > $ratls <<U
+[Service]
+ExecStart=
+ExecStart=/usr/bin/tdx-agent endpoint --ratls --egress --policy /etc/tdx-agent/ratls.toml --collateral /etc/tdx-agent/collateral.json --service echo=127.0.0.1:7007
+U
+systemctl daemon-reload
+check "the endpoint with certificates" systemctl restart $E
+meet ratls
+# certified POLICY
+certified() { echo hello | tdx-agent connect --ratls --policy "$1" --collateral /etc/tdx-agent/collateral.json --expect other 10.9.0.$other:8443; }
+check "each accepts the other's certificate, and bytes come back" says hello certified /etc/tdx-agent/ratls.toml
+cat $out
+check "the other was accepted by its certificate" sh -c "journalctl -q -u $E -o cat --no-pager | grep 'msg=channel .*entry=other assurance=certificate'"
+status "the policy for channels takes no certificate" 5 certified /etc/tdx-agent/policy.toml
+meet certified
+rm $ratls
+systemctl daemon-reload
+check "the endpoint with channels again" systemctl restart $E
+meet channels
 
 echo "== a policy with another MRTD"
 status "this machine refuses the other that it dials" 5 dial /etc/tdx-agent/wrong.toml
