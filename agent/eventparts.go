@@ -81,7 +81,7 @@ func (g *socketGuest) Emit(ctx context.Context, name string, payload []byte, c g
 func (d *daemon) eventParts(records []measure.Record) (parts []status.EventPart) {
 	add := func(p measure.Part) {
 		events, bytes := measure.Used(records, p.Owner)
-		parts = append(parts, status.EventPart{Owner: p.Owner, Events: events, MaxEvents: p.MaxEvents, Bytes: bytes, MaxBytes: p.MaxBytes})
+		parts = append(parts, status.EventPart{Owner: p.Owner, Events: events, MaxEvents: p.MaxEvents, Bytes: bytes, MaxBytes: p.MaxBytes, Full: p.IsFull(events, bytes)})
 	}
 	for i := range d.cfg.Applications {
 		if a := &d.cfg.Applications[i]; a.has("measure") {

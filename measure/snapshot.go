@@ -55,6 +55,12 @@ func Used(records []Record, owner string) (events, bytes int) {
 	return events, bytes
 }
 
+// IsFull tells whether p has no room for another event where it has so many, in so many
+// bytes: not even for one of version 1 without a payload.
+func (p *Part) IsFull(events, bytes int) bool {
+	return events >= p.MaxEvents || bytes+eventSize(Event{IMR: RTMR3, Type: RuntimeEventType, Name: "x", Version: EventV1}) > p.MaxBytes
+}
+
 // Snapshot reads the register, settles the log with it and returns the log. With a
 // [*DivergenceError] the snapshot is returned as well, so that it can be shown.
 func (l *Ledger) Snapshot(ctx context.Context) (Snapshot, error) {

@@ -111,6 +111,7 @@ type EventPart struct {
 	MaxEvents int    `json:"max_events"`
 	Bytes     int    `json:"bytes"`
 	MaxBytes  int    `json:"max_bytes"`
+	Full      bool   `json:"full"` // there is no room for even the smallest event
 }
 
 // Quotes counts quotes.

@@ -103,15 +103,12 @@ func (s *Status) writeLog(b *strings.Builder) {
 	}
 	for _, p := range s.Log.Parts {
 		fmt.Fprintf(b, "          %s: %d of at most %d events, %d of %d bytes", p.Owner, p.Events, p.MaxEvents, p.Bytes, p.MaxBytes)
-		if p.Events >= p.MaxEvents || p.Bytes+smallestEvent > p.MaxBytes {
+		if p.Full {
 			b.WriteString("; FULL until a reboot")
 		}
 		b.WriteByte('\n')
 	}
 }
-
-// smallestEvent is the bytes of an event with a name of one letter and no payload.
-const smallestEvent = 173
 
 func (s *Status) writeAudit(b *strings.Builder) {
 	fmt.Fprintf(b, "  audit   line %d, head %s\n", s.Audit.Seq, s.Audit.Head)
